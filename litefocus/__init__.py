@@ -1,0 +1,23 @@
+"""LiteFocus attention for text-to-audio diffusion pipelines: long clips, faster, in one line."""
+
+from litefocus.attention import focus_attention
+from litefocus.config import LiteFocusConfig
+from litefocus.focus import FocusSet, focus_set
+from litefocus.patch import Patch, patch, status, unpatch
+from litefocus.processor import LiteFocusAttnProcessor
+from litefocus.report import Status
+
+__all__ = [
+    "FocusSet",
+    "LiteFocusAttnProcessor",
+    "LiteFocusConfig",
+    "Patch",
+    "Status",
+    "focus_attention",
+    "focus_set",
+    "patch",
+    "status",
+    "unpatch",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,112 @@
+"""What a user may choose about the method. Every field is checked when it is set."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def suggestion(got: str, known: Iterable[str]) -> str:
+    """' Did you mean ...?' for the nearest known name, or nothing where none is near."""
+    near = difflib.get_close_matches(got, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def refuse_unknown(owner: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise TypeError for the first of `names` that is not `known`, with the nearest known one."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            hint = suggestion(name, known)
+            raise TypeError(f"{owner} has no option {name!r}.{hint} Options: {', '.join(known)}")
+
+
+def positive_integer(name: str, value: Any, minimum: int = 1) -> int:
+    """`value` as an int, or a clear error. NumPy integers pass, booleans and floats do not."""
+    if not isinstance(value, bool):
+        try:
+            number = operator.index(value)
+        except TypeError:
+            pass
+        else:
+            if number < minimum:
+                raise ValueError(f"{name} must be an integer of at least {minimum}, got {number}")
+            return number
+    raise TypeError(f"{name} must be an integer of at least {minimum}, got {value!r} ({type(value).__name__})")
+
+
+def _refuse_unknown_fields(cls: type[T]) -> type[T]:
+    """Make a dataclass name the nearest field where a keyword is misspelled."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def __init__(self: Any, **values: Any) -> None:
+        refuse_unknown(cls.__name__, values, (field.name for field in fields(cls)))  # type: ignore[arg-type]
+        init(self, **values)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls
+
+
+@_refuse_unknown_fields
+@dataclass(frozen=True, kw_only=True)
+class LiteFocusConfig:
+    """Settings of LiteFocus attention (arXiv 2407.10468). Immutable; derive others with `dataclasses.replace`.
+
+    same_frequency: every query sees all tokens of its own frequency bin (the paper's same-frequency focus).
+    cross_frequency: every query also sees a random sample of all other bins (cross-frequency compensation).
+    sparse_ratio: fraction of each other bin's frames in that sample, in [0, 1]. At 1 the result is dense
+        attention; at 0 there is no sample. Where it is above 0, at least one frame of every bin is kept.
+    seed: seed of the sample, an integer >= 0. The sample depends on this, the layer's name and the number of
+        frames alone: it is the same in every step, batch element, process and on every device.
+    min_freq_bins: layers whose grid has fewer frequency bins than this keep dense attention. The published code
+        covers the levels with 8 bins or more, about 90 % of self-attention's arithmetic in AudioLDM 2.
+
+    Raises TypeError for an unknown field or a value of the wrong type, ValueError for a value out of range and for
+    settings that leave a query nothing to attend to.
+
+    >>> LiteFocusConfig(sparse_ratio=0.05).sparse_ratio
+    0.05
+    >>> LiteFocusConfig(sparse_ration=0.05)
+    Traceback (most recent call last):
+        ...
+    TypeError: LiteFocusConfig has no option 'sparse_ration'. Did you mean 'sparse_ratio'? Options: ...
+    """
+
+    same_frequency: bool = True
+    cross_frequency: bool = True
+    sparse_ratio: float = 0.1
+    seed: int = 0
+    min_freq_bins: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("same_frequency", "cross_frequency"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
+        ratio = self.sparse_ratio
+        if isinstance(ratio, (bool, str)) or not hasattr(ratio, "__float__"):
+            raise TypeError(f"sparse_ratio must be a number in [0, 1], got {ratio!r} ({type(ratio).__name__})")
+        if not (math.isfinite(ratio) and 0 <= ratio <= 1):
+            raise ValueError(f"sparse_ratio must be a finite number in [0, 1], got {ratio!r}")
+        set_field = functools.partial(object.__setattr__, self)  # frozen: plain assignment is refused
+        set_field("sparse_ratio", float(ratio))
+        set_field("seed", positive_integer("seed", self.seed, minimum=0))
+        set_field("min_freq_bins", positive_integer("min_freq_bins", self.min_freq_bins))
+        if not self.same_frequency and not self.cross_frequency:
+            raise ValueError(
+                "same_frequency and cross_frequency are both False, which leaves nothing to attend to; "
+                "set at least one of them to True"
+            )
+        if not self.same_frequency and self.sparse_ratio == 0:
+            raise ValueError(
+                "same_frequency=False with sparse_ratio=0.0 leaves nothing to attend to; "
+                "set sparse_ratio above 0 or same_frequency=True"
+            )
