@@ -31,7 +31,7 @@ def patch(
     freq_axis: FreqAxis = "width",
     **overrides: Any,
 ) -> Patch:
-    """Make the self-attention of a text-to-audio pipeline attend to focus sets, in place. The pipeline is used as before.
+    """Restrict the self-attention of a text-to-audio pipeline to focus sets, in place.
 
     pipe: an AudioLDM, AudioLDM 2 or MusicLDM pipeline, or a UNet of that kind, `torch.compile`d or not.
     config: settings; `overrides` are fields of `LiteFocusConfig` that replace its values.

@@ -95,7 +95,8 @@ class LiteFocusAttnProcessor:
                 **kwargs,
             }
             given = {name: value for name, value in given.items() if value is not None}
-            return self.original(attn, hidden_states, *args, **given)
+            output: Tensor = self.original(attn, hidden_states, *args, **given)
+            return output
 
         residual = hidden_states
         # getattr: `Attention` of diffusers before 0.20 lacks some of these
@@ -124,7 +125,8 @@ class LiteFocusAttnProcessor:
             hidden_states = hidden_states.transpose(1, 2).reshape(input_shape)
         if getattr(attn, "residual_connection", False):
             hidden_states = hidden_states + residual
-        return hidden_states / getattr(attn, "rescale_output_factor", 1.0)
+        rescale: float = getattr(attn, "rescale_output_factor", 1.0)
+        return hidden_states / rescale
 
 
 def _cached_focus_set(processor: LiteFocusAttnProcessor, num_frames: int, device: torch.device) -> FocusSet:

@@ -75,8 +75,7 @@ class Status:
     def _table(self) -> list[tuple[str, ...]]:
         header: tuple[str, ...] = ("layer", "freq bins", "does")
         rows: list[tuple[str, ...]] = [
-            (layer.name, "?" if layer.freq_bins is None else str(layer.freq_bins), layer.state)
-            for layer in self.layers
+            (layer.name, "?" if layer.freq_bins is None else str(layer.freq_bins), layer.state) for layer in self.layers
         ]
         if self.seconds is not None:
             header += ("frames", "keys kept")
@@ -116,10 +115,13 @@ def step_flops(
             at = level + ("downsamplers." in name) - ("upsamplers." in name)
             tokens = math.ceil(num_frames / 2**at) * math.ceil(freq_bins / 2**at)
             full_name = f"{prefix}.{name}".replace("_orig_mod.", "")
-            if isinstance(module, nn.Conv2d) or (isinstance(module, nn.Linear) and "attentions." in name):
-                dense += 2 * module.weight.numel() * tokens
             if full_name in keys_kept:
-                attention = 4 * tokens**2 * module.to_q.out_features  # type: ignore[union-attr]
+                attention = 4 * tokens**2 * module.to_q.out_features
                 dense += attention
                 saved += attention * (1 - keys_kept[full_name])
+            layer, _, projection = full_name.partition(".to_")
+            of_prompt = projection.startswith(("k", "v")) and layer not in keys_kept
+            per_token = isinstance(module, nn.Conv2d) or (isinstance(module, nn.Linear) and "attentions." in name)
+            if per_token and not of_prompt:
+                dense += 2 * module.weight.numel() * tokens
     return StepFlops(dense, dense - saved)

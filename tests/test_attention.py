@@ -1,0 +1,165 @@
+"""focus_attention against dense attention with a mask, in float64."""
+
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import allowed, masked_attention
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from litefocus import FocusSet, LiteFocusConfig, focus_attention, focus_set
+
+
+def qkv(batch: int, heads: int, tokens: int, dim: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    return torch.randn(3, batch, heads, tokens, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@given(
+    grid=st.tuples(st.integers(1, 12), st.integers(1, 6)),
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    dim=st.sampled_from([1, 4, 8]),
+    ratio=st.sampled_from([0.0, 0.1, 0.4, 1.0]),
+    same=st.booleans(),
+    axis=st.sampled_from(["width", "height"]),
+    projected=st.booleans(),
+)
+@settings(max_examples=120, deadline=None)
+def test_equals_masked_dense_attention(grid, batch, heads, dim, ratio, same, axis, projected) -> None:
+    config = LiteFocusConfig(same_frequency=same or ratio == 0, sparse_ratio=ratio)
+    focus = focus_set(*grid, config, freq_axis=axis)
+    q, k, v = qkv(batch, heads, focus.tokens, dim)
+    expected = masked_attention(q, k, v, allowed(focus))
+    if projected:  # the layout in which a UNet's projections come
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    torch.testing.assert_close(focus_attention(q, k, v, focus), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_at_ratio_one_equals_dense_attention() -> None:
+    q, k, v = qkv(2, 4, 96, 8, torch.float32)
+    focus = focus_set(12, 8, LiteFocusConfig(sparse_ratio=1))
+    torch.testing.assert_close(focus_attention(q, k, v, focus), F.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_is_as_exact_as_dense_attention_in_every_precision(dtype) -> None:
+    focus = focus_set(64, 8)
+    q, k, v = qkv(1, 2, focus.tokens, 16, dtype)
+    output = focus_attention(q, k, v, focus)
+    dense = F.scaled_dot_product_attention(q, k, v)
+    error = (output - masked_attention(q, k, v, allowed(focus))).abs().max()
+    dense_error = (dense - masked_attention(q, k, v, torch.ones_like(allowed(focus)))).abs().max()
+    assert output.dtype == dtype
+    # fewer keys average out less of the values' own rounding: sqrt(512 / 106) = 2.2
+    assert error < 3 * dense_error
+
+
+def test_gradients_are_those_of_masked_dense_attention() -> None:
+    focus = focus_set(10, 4, LiteFocusConfig(sparse_ratio=0.3))
+    inputs = [x.clone().requires_grad_() for x in qkv(2, 2, focus.tokens, 4)]
+    weight = torch.randn(2, 2, focus.tokens, 4, dtype=torch.float64)
+    got = torch.autograd.grad((focus_attention(*inputs, focus) * weight).sum(), inputs)
+    expected = torch.autograd.grad((masked_attention(*inputs, allowed(focus)) * weight).sum(), inputs)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_every_batch_element_is_computed_alike() -> None:
+    focus = focus_set(16, 4)
+    q, k, v = qkv(3, 2, focus.tokens, 8)
+    together = focus_attention(q, k, v, focus)
+    alone = torch.cat([focus_attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], focus) for i in range(3)])
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
+
+
+def test_values_may_have_another_width() -> None:
+    focus = focus_set(6, 4)
+    q, k, _ = qkv(1, 2, focus.tokens, 8)
+    _, _, v = qkv(1, 2, focus.tokens, 5)
+    torch.testing.assert_close(focus_attention(q, k, v, focus), masked_attention(q, k, v, allowed(focus)))
+
+
+def test_same_frequency_branch_is_the_published_arithmetic() -> None:
+    """The published code folds the bins into the batch and attends over time."""
+    batch, heads, frames, bins, dim = 2, 3, 20, 8, 4
+    q, k, v = qkv(batch, heads, frames * bins, dim)
+    folded = [x.view(batch, heads, frames, bins, dim).permute(0, 1, 3, 2, 4) for x in (q, k, v)]
+    weights = (folded[0] @ folded[1].transpose(-1, -2) * dim**-0.5).softmax(-1)
+    expected = (weights @ folded[2]).permute(0, 1, 3, 2, 4).reshape(q.shape)
+    config = LiteFocusConfig(cross_frequency=False)
+    torch.testing.assert_close(focus_attention(q, k, v, focus_set(frames, bins, config)), expected)
+
+
+def test_same_keys_with_duplicates_are_the_published_arithmetic() -> None:
+    """The published code concatenates a sample of all tokens to the own bin, so that own-bin keys can count twice."""
+    frames, bins, dim = 20, 8, 4
+    tokens = frames * bins
+    q, k, v = qkv(1, 2, tokens, dim)
+    sample = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))[: tokens // 4]
+    union = focus_set(frames, bins)
+    keys = torch.cat([union.queries, sample.expand(bins, -1)], dim=1)
+    assert any(len(set(row)) < len(row) for row in keys.tolist())
+    got = focus_attention(q, k, v, FocusSet(union.queries, keys, union.inverse))
+
+    exp = (torch.einsum("bhid,bhjd->bhij", q, k) * dim**-0.5).exp()  # materialised scores, counted
+    times = (torch.arange(tokens)[:, None] % bins == torch.arange(tokens) % bins).double()
+    times[:, sample] += 1
+    expected = (exp * times) @ v / (exp * times).sum(-1, keepdim=True)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    once = masked_attention(q, k, v, times > 0)
+    assert (got - once).norm() / once.norm() > 0.05  # which is why litefocus takes the union
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of live tensor storage that were allocated inside, at most at one time."""
+
+    live = peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            storage = x.untyped_storage() if isinstance(x, Tensor) else None
+            if storage is not None and storage.data_ptr() not in known:
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        return out
+
+    def _freed(self, size: int) -> None:
+        self.live -= size
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_one_call_needs_at_most_three_times_the_memory_of_its_inputs(projected) -> None:
+    focus = focus_set(256, 8)
+    q, k, v = qkv(2, 8, focus.tokens, 32, torch.float32)
+    if projected:
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    with PeakMemory() as memory, torch.no_grad():
+        focus_attention(q, k, v, focus)
+    inputs = sum(x.nbytes for x in (q, k, v))
+    assert inputs < memory.peak <= 3 * inputs
+
+
+def test_refuses_another_grid() -> None:
+    q, k, v = qkv(1, 1, 24, 4)
+    with pytest.raises(ValueError, match="the focus set is for 32 tokens, query has 24"):
+        focus_attention(q, k, v, focus_set(8, 4))
+
+
+def test_refuses_shapes_that_do_not_fit() -> None:
+    q, k, v = qkv(1, 1, 24, 4)
+    focus = focus_set(6, 4)
+    for bad in [(q[0], k, v), (q, k[:, :, :12], v), (q, k, v[:, :, :12])]:
+        with pytest.raises(ValueError, match=r"must be \(batch, heads, tokens, head_dim\) of equal shape, got"):
+            focus_attention(*bad, focus)
+
+
+def test_refuses_a_focus_set_on_another_device() -> None:
+    q, k, v = qkv(1, 1, 24, 4).to("meta")
+    with pytest.raises(ValueError, match=r"on cpu, query on meta; use focus.to\(query.device\)"):
+        focus_attention(q, k, v, focus_set(6, 4))

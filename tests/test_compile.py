@@ -1,0 +1,83 @@
+"""torch.compile(fullgraph=True) of patched UNets. The lengths are multiples of the UNet's total downsampling:
+for others diffusers' own forward logs a line, which breaks the graph without litefocus too.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from pipelines import audioldm2_unet, audioldm_unet
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+import litefocus
+
+LENGTHS = (32, 48)
+TWO_LEVELS = {
+    "channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(params=["AudioLDM", "AudioLDM 2"])
+def unet(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(0)
+    if request.param == "AudioLDM":
+        return audioldm_unet(**TWO_LEVELS, mid_block_type=None)
+    return audioldm2_unet(**TWO_LEVELS, cross_attention_dim=((None, 18, 32),) * 2)
+
+
+def step(unet: nn.Module, frames: int) -> Tensor:
+    generator = torch.Generator().manual_seed(frames)
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    sample = draw(2, 8, frames, 16)
+    inner = getattr(unet, "_orig_mod", unet)
+    if "AudioLDM2" in type(inner).__name__:
+        conditions = {"encoder_hidden_states": draw(2, 4, 18), "encoder_hidden_states_1": draw(2, 6, 32)}
+    else:
+        conditions = {"encoder_hidden_states": None, "class_labels": draw(2, 32)}
+    with torch.no_grad():
+        return unet(sample, torch.tensor(7), **conditions).sample
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["patched, then compiled", "run, then compiled"])
+def test_compiles_without_a_graph_break(unet, warm) -> None:
+    litefocus.patch(unet, freq_bins=16)
+    expected = {frames: step(unet, frames) for frames in LENGTHS}
+    if not warm:
+        litefocus.patch(unet, freq_bins=16)  # anew: no length has been seen
+    counter = CompileCounter()
+    compiled = torch.compile(unet, fullgraph=True, backend=counter)
+    for _ in range(2):
+        for frames in LENGTHS:
+            torch.testing.assert_close(step(compiled, frames), expected[frames], rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == len(LENGTHS)  # one compilation a length, none when it comes again
+
+
+def test_patches_and_unpatches_what_is_compiled_already(unet) -> None:
+    dense = step(unet, 32)
+    compiled = torch.compile(unet, fullgraph=True, backend="eager")
+    assert torch.equal(step(compiled, 32), dense)
+    litefocus.patch(compiled, freq_bins=16)
+    patched = step(compiled, 32)
+    assert (patched - dense).abs().max() > 1e-4
+    assert torch.equal(patched, step(unet, 32))
+    assert litefocus.status(compiled).layers == litefocus.status(unet).layers
+    litefocus.unpatch(compiled)
+    assert torch.equal(step(compiled, 32), dense)
+
+
+def test_inductor() -> None:
+    torch.manual_seed(0)
+    unet = audioldm_unet(**TWO_LEVELS, mid_block_type=None)
+    litefocus.patch(unet, freq_bins=16)
+    expected = step(unet, 32)
+    torch.testing.assert_close(step(torch.compile(unet, fullgraph=True), 32), expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,66 @@
+"""LiteFocusConfig refuses what it cannot mean, and says why."""
+
+import dataclasses
+import math
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+
+from litefocus import LiteFocusConfig
+
+
+def test_defaults_are_the_published_settings() -> None:
+    assert dataclasses.asdict(LiteFocusConfig()) == {
+        "same_frequency": True,
+        "cross_frequency": True,
+        "sparse_ratio": 0.1,
+        "seed": 0,
+        "min_freq_bins": 8,
+    }
+
+
+def test_is_frozen_hashable_and_picklable() -> None:
+    config = LiteFocusConfig(sparse_ratio=0.2)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.sparse_ratio = 0.3  # type: ignore[misc]
+    assert config == LiteFocusConfig(sparse_ratio=0.2)
+    assert hash(config) == hash(LiteFocusConfig(sparse_ratio=0.2))
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert dataclasses.replace(config, seed=3) == LiteFocusConfig(sparse_ratio=0.2, seed=3)
+
+
+def test_numbers_of_numpy_become_plain_ones() -> None:
+    config = LiteFocusConfig(sparse_ratio=np.float32(0.5), seed=np.int64(7), min_freq_bins=np.int32(4))
+    assert (config.sparse_ratio, config.seed, config.min_freq_bins) == (0.5, 7, 4)
+    assert [type(value) for value in (config.sparse_ratio, config.seed, config.min_freq_bins)] == [float, int, int]
+    assert type(LiteFocusConfig(sparse_ratio=1).sparse_ratio) is float
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"sparse_ratio": -0.1}, ValueError, r"sparse_ratio must be a finite number in \[0, 1\], got -0.1"),
+        ({"sparse_ratio": 1.5}, ValueError, r"sparse_ratio .* \[0, 1\], got 1.5"),
+        ({"sparse_ratio": math.nan}, ValueError, "sparse_ratio must be a finite number .* got nan"),
+        ({"sparse_ratio": math.inf}, ValueError, "sparse_ratio must be a finite number .* got inf"),
+        ({"sparse_ratio": "0.1"}, TypeError, r"sparse_ratio must be a number .* got '0.1' \(str\)"),
+        ({"sparse_ratio": True}, TypeError, r"sparse_ratio must be a number .* got True \(bool\)"),
+        ({"sparse_ratio": None}, TypeError, "sparse_ratio must be a number .* got None"),
+        ({"seed": 1.0}, TypeError, r"seed must be an integer of at least 0, got 1.0 \(float\)"),
+        ({"seed": -1}, ValueError, "seed must be an integer of at least 0, got -1"),
+        ({"seed": True}, TypeError, "seed must be an integer"),
+        ({"min_freq_bins": 0}, ValueError, "min_freq_bins must be an integer of at least 1, got 0"),
+        ({"min_freq_bins": 8.0}, TypeError, "min_freq_bins must be an integer"),
+        ({"same_frequency": 1}, TypeError, r"same_frequency must be True or False, got 1 \(int\)"),
+        ({"cross_frequency": "no"}, TypeError, "cross_frequency must be True or False, got 'no'"),
+        ({"same_frequency": False, "cross_frequency": False}, ValueError, "both False.*nothing to attend to"),
+        ({"same_frequency": False, "sparse_ratio": 0}, ValueError, "nothing to attend to; set sparse_ratio above 0"),
+        ({"sparse_ration": 0.1}, TypeError, "no option 'sparse_ration'. Did you mean 'sparse_ratio'?"),
+        ({"zzz": 1}, TypeError, "no option 'zzz'. Options: same_frequency, cross_frequency, sparse_ratio"),
+    ],
+)
+def test_refuses(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        LiteFocusConfig(**options)

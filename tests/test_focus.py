@@ -1,0 +1,141 @@
+"""The focus sets are the definition's: F_i = S_i ∪ C, exact, stratified, deterministic."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import bin_and_frame
+
+from litefocus import LiteFocusConfig, focus_set
+
+grids = st.tuples(st.integers(1, 40), st.integers(1, 9))
+ratios = st.one_of(st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0]), st.floats(0, 1))
+axes = st.sampled_from(["width", "height"])
+
+
+@given(grids, ratios, axes, st.integers(0, 5))
+@settings(max_examples=150, deadline=None)
+def test_every_set_is_its_own_bin_and_an_equal_share_of_every_other(grid, ratio, axis, seed) -> None:
+    num_frames, freq_bins = grid
+    focus = focus_set(num_frames, freq_bins, LiteFocusConfig(sparse_ratio=ratio, seed=seed), freq_axis=axis)
+    sampled = 0 if ratio == 0 else max(1, round(ratio * num_frames))
+    frames_of_bin: dict[int, set[int]] = {}  # what the sample took from each bin
+
+    assert sorted(focus.queries.flatten().tolist()) == list(range(num_frames * freq_bins))
+    assert focus.queries.flatten()[focus.inverse].tolist() == list(range(num_frames * freq_bins))
+    for queries, keys in zip(focus.queries.tolist(), focus.keys.tolist(), strict=True):
+        assert len(set(keys)) == len(keys) == focus.keys_per_query
+        (own,) = {bin_and_frame(query, num_frames, freq_bins, axis)[0] for query in queries}
+        seen: dict[int, set[int]] = {}
+        for key in keys:
+            key_bin, frame = bin_and_frame(key, num_frames, freq_bins, axis)
+            seen.setdefault(key_bin, set()).add(frame)
+        assert seen.pop(own) == set(range(num_frames))
+        assert len(seen) == (freq_bins - 1 if sampled else 0)
+        for key_bin, frames in seen.items():
+            assert len(frames) == sampled
+            assert frames_of_bin.setdefault(key_bin, frames) == frames  # one sample, the same for all queries
+
+
+@given(grids, ratios.filter(bool), axes)
+@settings(max_examples=50, deadline=None)
+def test_without_same_frequency_all_queries_share_a_sample_of_every_bin(grid, ratio, axis) -> None:
+    num_frames, freq_bins = grid
+    config = LiteFocusConfig(same_frequency=False, sparse_ratio=ratio)
+    focus = focus_set(num_frames, freq_bins, config, freq_axis=axis)
+    sampled = max(1, round(ratio * num_frames))
+    assert focus.queries.tolist() == [list(range(num_frames * freq_bins))]
+    (keys,) = focus.keys.tolist()
+    assert len(set(keys)) == len(keys)
+    per_bin = [bin_and_frame(key, num_frames, freq_bins, axis)[0] for key in keys]
+    assert [per_bin.count(f) for f in range(freq_bins)] == [sampled] * freq_bins
+
+
+def test_without_cross_frequency_only_the_own_bin_is_left() -> None:
+    focus = focus_set(5, 3, LiteFocusConfig(cross_frequency=False))
+    assert focus.keys.tolist() == focus.queries.tolist() == [[f + 3 * t for t in range(5)] for f in range(3)]
+
+
+def test_at_ratio_one_every_query_sees_every_token_once() -> None:
+    focus = focus_set(7, 4, LiteFocusConfig(sparse_ratio=1))
+    assert [sorted(keys) for keys in focus.keys.tolist()] == [list(range(28))] * 4
+
+
+def test_a_short_clip_keeps_one_frame_of_every_other_bin() -> None:
+    assert focus_set(4, 8, LiteFocusConfig(sparse_ratio=0.1)).keys_per_query == 4 + 7
+
+
+def test_size_at_80_seconds_is_the_papers() -> None:
+    focus = focus_set(1024, 8)
+    assert (focus.tokens, focus.keys_per_query) == (8192, 1738)
+    assert focus.queries.dtype == focus.keys.dtype == focus.inverse.dtype == torch.int64
+
+
+def test_draws_are_pinned() -> None:
+    """Equal on every machine and in every release: a change here changes everybody's audio."""
+    assert focus_set(6, 2, LiteFocusConfig(sparse_ratio=0.34)).keys.tolist() == [
+        [0, 2, 4, 6, 8, 10, 3, 5],
+        [1, 3, 5, 7, 9, 11, 0, 10],
+    ]
+
+
+def test_depends_on_seed_layer_and_length_alone() -> None:
+    def keys(num_frames: int = 50, seed: int = 0, layer: str = "a") -> list[list[int]]:
+        return focus_set(num_frames, 4, LiteFocusConfig(seed=seed), layer=layer).keys.tolist()
+
+    assert keys() == keys()
+    assert keys() != keys(seed=1)
+    assert keys() != keys(layer="b")
+    sampled_at_50 = {key for key in keys()[0] if key % 4}
+    assert not sampled_at_50 <= {key for key in keys(num_frames=51)[0] if key % 4}
+
+
+def test_leaves_the_global_random_state_alone_and_ignores_it() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    keys = focus_set(30, 4).keys
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(focus_set(30, 4).keys, keys)
+
+
+def test_is_the_same_in_another_process() -> None:
+    script = "import litefocus; print(litefocus.focus_set(20, 3, layer='up').keys.sum(1).tolist())"
+    other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert other.strip() == str(focus_set(20, 3, layer="up").keys.sum(1).tolist())
+
+
+def test_is_built_on_the_cpu_whatever_the_default_device() -> None:
+    with torch.device("meta"):
+        focus = focus_set(20, 3)
+    assert torch.equal(focus.keys, focus_set(20, 3).keys)
+    assert focus.to("meta").keys.device.type == "meta"
+
+
+def test_every_frame_is_as_likely_as_every_other() -> None:
+    num_frames, draws = 20, 2000
+    counts = torch.zeros(num_frames)
+    for seed in range(draws):
+        focus = focus_set(num_frames, 2, LiteFocusConfig(sparse_ratio=0.25, seed=seed))
+        counts[focus.keys[0, num_frames:] // 2] += 1
+    expected = 0.25 * draws
+    deviation = (draws * 0.25 * 0.75) ** 0.5
+    assert counts.sum() == draws * 5
+    assert (counts - expected).abs().max() < 4.5 * deviation
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"num_frames": 0, "freq_bins": 8}, ValueError, "num_frames must be an integer of at least 1, got 0"),
+        ({"num_frames": 8, "freq_bins": -1}, ValueError, "freq_bins must be an integer of at least 1, got -1"),
+        ({"num_frames": 8.5, "freq_bins": 8}, TypeError, r"num_frames must be an integer .* got 8.5 \(float\)"),
+        ({"num_frames": 8, "freq_bins": 8, "freq_axis": "heigth"}, ValueError, "'heigth'. Did you mean 'height'?"),
+    ],
+)
+def test_refuses(arguments, error, message) -> None:
+    with pytest.raises(error, match=message):
+        focus_set(**arguments)
