@@ -279,18 +279,27 @@ def _blocks(unet: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
 
 
 def _self_attention_layers(unet: nn.Module, freq_bins: int | None) -> Iterator[_Layer]:
-    """All attention layers that can be called without encoder states.
+    """The attention layers that are called without encoder states.
 
-    `is_cross_attention` does not tell (AudioLDM's attn2 says True and is self-attention); what does is whether keys
-    are projected from as many channels as queries are. Whether a call is self-attention shows only when it comes.
+    Whether a call is self-attention shows only when it comes, and the processor decides then. Here the layers are
+    told that can be: keys are projected from as many channels as queries are. `is_cross_attention` alone does not
+    tell: AudioLDM's attn2 says True and is self-attention, as its UNet sets cross_attention_dim to its own widths.
+    Where the encoder's width equals a layer's by chance, other layers of the same UNet show that it is the encoder's.
     """
+    found = []
     for prefix, block, level in _blocks(unet):
         for name, module in block.named_modules():
-            if not (hasattr(module, "set_processor") and hasattr(module, "to_q") and hasattr(module, "to_k")):
-                continue
-            if getattr(module.to_q, "in_features", None) == getattr(module.to_k, "in_features", None):
+            if hasattr(module, "set_processor") and hasattr(module, "to_q") and hasattr(module, "to_k"):
                 full_name = f"{prefix}.{name}".replace("_orig_mod.", "")
-                yield _Layer(full_name, module, level, math.ceil(freq_bins / 2**level) if freq_bins else 0)
+                found.append(_Layer(full_name, module, level, math.ceil(freq_bins / 2**level) if freq_bins else 0))
+
+    def own_width(layer: _Layer) -> bool:
+        return getattr(layer.attn.to_q, "in_features", None) == getattr(layer.attn.to_k, "in_features", None)
+
+    has_encoder = not all(own_width(layer) for layer in found)
+    for layer in found:
+        if own_width(layer) and not (has_encoder and getattr(layer.attn, "is_cross_attention", False)):
+            yield layer
 
 
 def _check_some_layer_qualifies(unet: nn.Module, layers: list[_Layer], config: LiteFocusConfig) -> None:

@@ -1,15 +1,13 @@
 """focus_attention against dense attention with a mask, in float64."""
 
-import weakref
-
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmark import PeakMemory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import allowed, masked_attention
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from litefocus import FocusSet, LiteFocusConfig, focus_attention, focus_set
 
@@ -111,26 +109,6 @@ def test_same_keys_with_duplicates_are_the_published_arithmetic() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
     once = masked_attention(q, k, v, times > 0)
     assert (got - once).norm() / once.norm() > 0.05  # which is why litefocus takes the union
-
-
-class PeakMemory(TorchDispatchMode):
-    """Bytes of live tensor storage that were allocated inside, at most at one time."""
-
-    live = peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            storage = x.untyped_storage() if isinstance(x, Tensor) else None
-            if storage is not None and storage.data_ptr() not in known:
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._freed, storage.nbytes())
-        return out
-
-    def _freed(self, size: int) -> None:
-        self.live -= size
 
 
 @pytest.mark.parametrize("projected", [False, True])

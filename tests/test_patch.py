@@ -328,6 +328,11 @@ def test_finds_all_self_attention_of_the_published_unets(name) -> None:
     assert {layer.state for layer in layers if layer.freq_bins != 8} == {"dense"}
 
 
+def test_an_encoder_as_wide_as_a_layer_is_not_taken_for_self_attention() -> None:
+    apart, equal = (audioldm2_unet(slots=(None, 18, width)) for width in (32, 16))
+    assert [a.name for a in litefocus.status(apart).layers] == [b.name for b in litefocus.status(equal).layers]
+
+
 def with_published_unet(name: str) -> Any:
     pipe = build("AudioLDM")
     pipe.unet = published_unet(name)
