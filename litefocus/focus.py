@@ -99,12 +99,10 @@ def focus_set(
         queries = bins.contiguous()
         bin_numbers = torch.arange(freq_bins, device="cpu")
         others = bin_numbers[:-1] + (bin_numbers[:-1] >= bin_numbers[:, None])  # row f: every bin but f
-        keys = torch.cat([bins, sample[others].flatten(1)], dim=1)
+        keys = torch.cat([bins, sample.index_select(0, others.flatten()).view(freq_bins, -1)], dim=1)
     else:  # all queries share one set
         queries, keys = tokens[None], sample.flatten()[None]
-    inverse = torch.empty_like(tokens)
-    inverse[queries.flatten()] = tokens
-    return FocusSet(queries, keys, inverse)
+    return FocusSet(queries, keys, inverse=queries.flatten().argsort())
 
 
 def check_freq_axis(freq_axis: str) -> None:

@@ -256,6 +256,17 @@ def test_a_unet_alone_is_patched_like_its_pipeline(pipe) -> None:
     assert litefocus.status(pipe).config is None
 
 
+def test_a_pipeline_with_a_compiled_unet_is_patched_like_another(pipe) -> None:
+    plain = [(layer.name, layer.freq_bins) for layer in litefocus.status(pipe).layers]
+    inner = pipe.unet
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    litefocus.patch(pipe)
+    assert [(layer.name, layer.freq_bins) for layer in litefocus.status(pipe).layers] == plain
+    assert litefocus.status(inner).config == LiteFocusConfig()
+    litefocus.unpatch(pipe)
+    assert litefocus.status(inner).config is None
+
+
 def test_height_axis() -> None:
     """A frequency-major UNet is the same as a time-major one with its grid transposed."""
     torch.manual_seed(0)
