@@ -16,6 +16,7 @@ from litefocus.focus import FreqAxis, check_freq_axis
 from litefocus.processor import LiteFocusAttnProcessor
 from litefocus.report import LayerStatus, Status, step_flops
 
+LONG_CLIP = 10**6  # frames, for what a layer does where no length is given: no rounding of the sample matters
 ACCEPTED = "an AudioLDM, AudioLDM 2 or MusicLDM pipeline, or its UNet (compiled or not)"
 
 # Which layers of a UNet were patched last, {name: freq_bins}. Only `status` reads it, to tell a layer that something
@@ -128,10 +129,8 @@ def status(pipe: Any, seconds: float | None = None) -> Status:
         state, kept = "dense", 1.0
         if isinstance(processor, LiteFocusAttnProcessor):
             freq_bins = processor.freq_bins
-            if freq_bins >= processor.config.min_freq_bins:
-                state = "focus"
-            if frames:
-                kept = processor.keys_kept(frames)
+            kept = processor.keys_kept(frames or LONG_CLIP)
+            state = "focus" if kept < 1 else "dense"
         elif ours or known:
             state = f"overwritten by {type(processor).__name__}"
         rows.append(LayerStatus(layer.name, freq_bins, state, frames, kept if frames else None))
@@ -217,21 +216,22 @@ def _uncompiled(module: Any) -> Any:
 def _find_unet(pipe: Any) -> nn.Module:
     """The 2-D UNet of a pipeline, or `pipe` itself if it is one."""
     pipe = _uncompiled(pipe)
-    unet = pipe if isinstance(pipe, nn.Module) else _uncompiled(getattr(pipe, "unet", None))
-    if (
-        isinstance(unet, nn.Module)
-        and isinstance(getattr(unet, "conv_in", None), nn.Conv2d)
-        and hasattr(unet, "down_blocks")
-        and hasattr(unet, "up_blocks")
-    ):
-        return unet
+    unet = _uncompiled(getattr(pipe, "unet", None))
+    for candidate in (pipe, unet):
+        if (
+            isinstance(candidate, nn.Module)
+            and isinstance(getattr(candidate, "conv_in", None), nn.Conv2d)
+            and hasattr(candidate, "down_blocks")
+            and hasattr(candidate, "up_blocks")
+        ):
+            return candidate
     if unet is None and getattr(pipe, "transformer", None) is not None:
         raise TypeError(
             f"{type(pipe).__name__} has a transformer and no 2-D UNet, so its latent has no frequency axis to focus "
             f"on; litefocus accepts {ACCEPTED}"
         )
     what = f"an object of type {type(pipe).__name__}" if pipe is not None else "None"
-    if unet is not None and unet is not pipe:
+    if unet is not None:
         what += f", whose unet ({type(unet).__name__}) is no 2-D UNet"
     raise TypeError(f"got {what}; litefocus accepts {ACCEPTED}")
 

@@ -99,7 +99,7 @@ class LiteFocusAttnProcessor:
             return output
 
         residual = hidden_states
-        # getattr: `Attention` of diffusers before 0.20 lacks some of these
+        # getattr: `Attention` in vendored copies of early diffusers lacks some of these
         if getattr(attn, "spatial_norm", None) is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
         input_shape = hidden_states.shape

@@ -92,6 +92,7 @@ def test_audio_is_that_of_masked_dense_attention(pipe, seconds, config) -> None:
 def test_ratio_one_is_dense(pipe) -> None:
     dense = generate(pipe)
     litefocus.patch(pipe, sparse_ratio=1.0, min_freq_bins=2)
+    assert {layer.state for layer in litefocus.status(pipe).layers} == {"dense"}
     assert np.array_equal(generate(pipe), dense)
 
 
