@@ -1,11 +1,16 @@
-"""Attention of every query over its focus set: gather, fused attention, scatter back. Pure torch."""
+"""Attention of every query over its focus set: gather, fused attention, gather back. Pure torch."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from litefocus.focus import FocusSet
+
+# Keys gathered at once in time windows. Fresh memory is faulted in page by page, which costs more than the gather
+# itself once a call allocates tens of MB; a slice of this size stays in the cache.
+SLICE_BYTES = 8 * 2**20
 
 
 def focus_attention(query: Tensor, key: Tensor, value: Tensor, focus: FocusSet) -> Tensor:
@@ -47,8 +52,19 @@ def focus_attention(query: Tensor, key: Tensor, value: Tensor, focus: FocusSet) 
         picked = x.transpose(1, 2).flatten(2).index_select(1, index.flatten())
         return picked.view(batch * index.shape[0], index.shape[1], heads, x.shape[-1]).transpose(1, 2)
 
-    grouped = F.scaled_dot_product_attention(
-        gather(query, focus.queries), gather(key, focus.keys), gather(value, focus.keys)
-    )
-    output = grouped.transpose(1, 2).reshape(batch, focus.queries.numel(), -1).index_select(1, focus.inverse)
+    outputs = []
+    for part in range(0, len(focus.queries), step := _groups_at_once(query, focus)):
+        queries, keys = focus.queries[part : part + step], focus.keys[part : part + step]
+        output = F.scaled_dot_product_attention(gather(query, queries), gather(key, keys), gather(value, keys))
+        outputs.append(output.transpose(1, 2).reshape(batch, queries.numel(), -1))
+    output = torch.cat(outputs, dim=1).index_select(1, focus.inverse)
     return output.view(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
+
+
+def _groups_at_once(query: Tensor, focus: FocusSet) -> int:
+    """All groups, unless their keys are much more than the tokens, as in time windows, which overlap."""
+    groups, keys_per_query = focus.keys.shape
+    if focus.keys.numel() <= 2 * focus.inverse.shape[0]:
+        return groups
+    keys_of_a_group = keys_per_query * query[:, :, 0].numel() * query.element_size()
+    return max(1, SLICE_BYTES // keys_of_a_group)

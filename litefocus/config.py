@@ -68,6 +68,9 @@ class LiteFocusConfig:
         frames alone: it is the same in every step, batch element, process and on every device.
     min_freq_bins: layers whose grid has fewer frequency bins than this keep dense attention. The published code
         covers the levels with 8 bins or more, about 90 % of self-attention's arithmetic in AudioLDM 2.
+    time_window: None (the paper), or how many latent frames around a query both branches are restricted to, counted
+        at the UNet's input (25 a second in AudioLDM-style models) and halved level by level. At least half of it lies
+        on either side of every query, clamped at the ends of the clip. Cost then grows linearly with the clip.
 
     Raises TypeError for an unknown field or a value of the wrong type, ValueError for a value out of range and for
     settings that leave a query nothing to attend to.
@@ -85,6 +88,7 @@ class LiteFocusConfig:
     sparse_ratio: float = 0.1
     seed: int = 0
     min_freq_bins: int = 8
+    time_window: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("same_frequency", "cross_frequency"):
@@ -100,6 +104,8 @@ class LiteFocusConfig:
         set_field("sparse_ratio", float(ratio))
         set_field("seed", positive_integer("seed", self.seed, minimum=0))
         set_field("min_freq_bins", positive_integer("min_freq_bins", self.min_freq_bins))
+        if self.time_window is not None:
+            set_field("time_window", positive_integer("time_window", self.time_window))
         if not self.same_frequency and not self.cross_frequency:
             raise ValueError(
                 "same_frequency and cross_frequency are both False, which leaves nothing to attend to; "

@@ -67,7 +67,12 @@ def patch(
             before = layer.attn.processor
             original = before.original if isinstance(before, LiteFocusAttnProcessor) else before
             processor = LiteFocusAttnProcessor(
-                original, layer=layer.name, freq_bins=layer.freq_bins, config=config, freq_axis=freq_axis
+                original,
+                layer=layer.name,
+                freq_bins=layer.freq_bins,
+                config=config,
+                level=layer.level,
+                freq_axis=freq_axis,
             )
             layer.attn.set_processor(processor)
             installed.append(_Replaced(layer.attn, before, processor))

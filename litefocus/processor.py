@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ class LiteFocusAttnProcessor:
         would not be smaller than dense attention.
     layer: name of the layer in its UNet, for messages and for the layer's own sample.
     freq_bins: frequency bins F of the grid at this layer. The number of frames is tokens / F, read at every call.
+    config: settings, its `time_window` in frames of the UNet's input.
+    level: how often the grid was halved on the way from the UNet's input to this layer.
     freq_axis: "width" or "height", see `focus_set`.
 
     Calls take and return what diffusers' `AttnProcessor2_0` does: hidden_states (batch, tokens, channels), or
@@ -37,6 +41,7 @@ class LiteFocusAttnProcessor:
         layer: str,
         freq_bins: int,
         config: LiteFocusConfig = LiteFocusConfig(),  # noqa: B008  (immutable)
+        level: int = 0,
         freq_axis: FreqAxis = "width",
     ) -> None:
         check_freq_axis(freq_axis)
@@ -44,6 +49,9 @@ class LiteFocusAttnProcessor:
         self.layer = layer
         self.freq_bins = positive_integer("freq_bins", freq_bins)
         self.config = config
+        self.grid_config = config
+        if config.time_window is not None:
+            self.grid_config = replace(config, time_window=math.ceil(config.time_window / 2**level))
         self.freq_axis: FreqAxis = freq_axis
         self._focus_sets: dict[tuple[int, torch.device], FocusSet] = {}
 
@@ -68,7 +76,7 @@ class LiteFocusAttnProcessor:
         """Share of keys that self-attention over `num_frames` frames keeps, in (0, 1]; 1 where it stays dense."""
         if self.freq_bins < self.config.min_freq_bins:
             return 1.0
-        return min(1.0, keys_per_query(num_frames, self.freq_bins, self.config) / (num_frames * self.freq_bins))
+        return min(1.0, keys_per_query(num_frames, self.freq_bins, self.grid_config) / (num_frames * self.freq_bins))
 
     def __call__(
         self,
@@ -138,7 +146,7 @@ def _cached_focus_set(processor: LiteFocusAttnProcessor, num_frames: int, device
             focus = focus_set(
                 num_frames,
                 processor.freq_bins,
-                processor.config,
+                processor.grid_config,
                 layer=processor.layer,
                 freq_axis=processor.freq_axis,
             ).to(device)

@@ -37,6 +37,21 @@ def test_equals_masked_dense_attention(grid, batch, heads, dim, ratio, same, axi
     torch.testing.assert_close(focus_attention(q, k, v, focus), expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("axis", ["width", "height"])
+@pytest.mark.parametrize("same", [True, False])
+def test_time_windows_equal_masked_dense_attention(axis, same, monkeypatch) -> None:
+    focus = focus_set(150, 3, LiteFocusConfig(same_frequency=same, time_window=20), freq_axis=axis)
+    assert len(focus.queries) == (9 if same else 3)
+    q, k, v = qkv(2, 2, focus.tokens, 4)
+    mask = torch.zeros(focus.tokens, focus.tokens, dtype=torch.bool)
+    for token, place in enumerate(focus.inverse.tolist()):  # `allowed` would join the sets of a token in two blocks
+        mask[token, focus.keys[place // focus.queries.shape[1]]] = True
+    expected = masked_attention(q, k, v, mask)
+    torch.testing.assert_close(focus_attention(q, k, v, focus), expected, rtol=1e-10, atol=1e-10)
+    monkeypatch.setattr("litefocus.attention.SLICE_BYTES", 1)  # one group at a time
+    torch.testing.assert_close(focus_attention(q, k, v, focus), expected, rtol=1e-10, atol=1e-10)
+
+
 def test_at_ratio_one_equals_dense_attention() -> None:
     q, k, v = qkv(2, 4, 96, 8, torch.float32)
     focus = focus_set(12, 8, LiteFocusConfig(sparse_ratio=1))
@@ -111,9 +126,10 @@ def test_same_keys_with_duplicates_are_the_published_arithmetic() -> None:
     assert (got - once).norm() / once.norm() > 0.05  # which is why litefocus takes the union
 
 
+@pytest.mark.parametrize("time_window", [None, 128])
 @pytest.mark.parametrize("projected", [False, True])
-def test_one_call_needs_at_most_three_times_the_memory_of_its_inputs(projected) -> None:
-    focus = focus_set(256, 8)
+def test_one_call_needs_at_most_three_times_the_memory_of_its_inputs(projected, time_window) -> None:
+    focus = focus_set(512, 8, LiteFocusConfig(time_window=time_window))
     q, k, v = qkv(2, 8, focus.tokens, 32, torch.float32)
     if projected:
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))

@@ -18,6 +18,7 @@ def test_defaults_are_the_published_settings() -> None:
         "sparse_ratio": 0.1,
         "seed": 0,
         "min_freq_bins": 8,
+        "time_window": None,
     }
 
 
@@ -53,6 +54,8 @@ def test_numbers_of_numpy_become_plain_ones() -> None:
         ({"seed": True}, TypeError, "seed must be an integer"),
         ({"min_freq_bins": 0}, ValueError, "min_freq_bins must be an integer of at least 1, got 0"),
         ({"min_freq_bins": 8.0}, TypeError, "min_freq_bins must be an integer"),
+        ({"time_window": 0}, ValueError, "time_window must be an integer of at least 1, got 0"),
+        ({"time_window": 25.6}, TypeError, r"time_window must be an integer .* got 25.6 \(float\)"),
         ({"same_frequency": 1}, TypeError, r"same_frequency must be True or False, got 1 \(int\)"),
         ({"cross_frequency": "no"}, TypeError, "cross_frequency must be True or False, got 'no'"),
         ({"same_frequency": False, "cross_frequency": False}, ValueError, "both False.*nothing to attend to"),

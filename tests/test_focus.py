@@ -47,11 +47,69 @@ def test_without_same_frequency_all_queries_share_a_sample_of_every_bin(grid, ra
     config = LiteFocusConfig(same_frequency=False, sparse_ratio=ratio)
     focus = focus_set(num_frames, freq_bins, config, freq_axis=axis)
     sampled = max(1, round(ratio * num_frames))
-    assert focus.queries.tolist() == [list(range(num_frames * freq_bins))]
+    assert focus.queries.shape == (1, num_frames * freq_bins)
+    assert focus.queries.flatten()[focus.inverse].tolist() == list(range(num_frames * freq_bins))
     (keys,) = focus.keys.tolist()
     assert len(set(keys)) == len(keys)
     per_bin = [bin_and_frame(key, num_frames, freq_bins, axis)[0] for key in keys]
     assert [per_bin.count(f) for f in range(freq_bins)] == [sampled] * freq_bins
+
+
+@given(
+    num_frames=st.integers(60, 400),
+    freq_bins=st.integers(1, 4),
+    time_window=st.one_of(st.sampled_from([1, 2, 128, 129, 256]), st.integers(1, 300)),
+    ratio=ratios,
+    same=st.booleans(),
+    axis=axes,
+)
+@settings(max_examples=60, deadline=None)
+def test_time_windows_by_their_definition(num_frames, freq_bins, time_window, ratio, same, axis) -> None:
+    config = LiteFocusConfig(same_frequency=same or ratio == 0, sparse_ratio=ratio, time_window=time_window)
+    focus = focus_set(num_frames, freq_bins, config, freq_axis=axis)
+    half = (time_window + 1) // 2
+    assert focus.queries.flatten()[focus.inverse].tolist() == list(range(num_frames * freq_bins))
+    group_of = (focus.inverse // focus.queries.shape[1]).tolist()
+    seen = [{} for _ in focus.keys]  # frames of each bin, for every group
+    for frames_of_bin, keys in zip(seen, focus.keys.tolist(), strict=True):
+        assert len(set(keys)) == len(keys) == focus.keys_per_query
+        for key in keys:
+            key_bin, frame = bin_and_frame(key, num_frames, freq_bins, axis)
+            frames_of_bin.setdefault(key_bin, set()).add(frame)
+    for token in range(num_frames * freq_bins):
+        own, frame = bin_and_frame(token, num_frames, freq_bins, axis)
+        frames_of_bin = seen[group_of[token]]
+        others = {f: frames for f, frames in frames_of_bin.items() if not config.same_frequency or f != own}
+        assert len({len(frames) for frames in others.values()}) <= 1
+        if not config.same_frequency:
+            continue
+        window = frames_of_bin[own]
+        first, last = min(window), max(window)
+        assert window == set(range(first, last + 1))
+        assert first <= max(0, frame - half)
+        assert last >= min(num_frames - 1, frame + half)
+        assert len(window) <= max(64, half) + 2 * half
+        sampled = 0 if ratio == 0 else max(1, round(ratio * len(window)))
+        assert all(
+            len(frames) == sampled and first <= min(frames) and max(frames) <= last for frames in others.values()
+        )
+        assert len(others) == (freq_bins - 1 if sampled else 0)
+
+
+def test_a_clip_no_longer_than_its_window_is_not_cut() -> None:
+    for num_frames, time_window in [(192, 128), (64, 1), (300, 10**9)]:
+        plain, windowed = (focus_set(num_frames, 3, LiteFocusConfig(time_window=w)) for w in (None, time_window))
+        assert torch.equal(plain.queries, windowed.queries)
+        assert torch.equal(plain.keys, windowed.keys)
+    assert focus_set(193, 3, LiteFocusConfig(time_window=128)).keys.shape == (3 * 4, 192 + 2 * 19)
+
+
+def test_with_a_time_window_cost_is_linear_in_the_clip() -> None:
+    config = LiteFocusConfig(time_window=128)
+    pairs = {n: focus_set(n, 8, config).keys_per_query * n * 8 for n in (1024, 2048, 8192)}
+    assert pairs[2048] == 2 * pairs[1024]
+    assert pairs[8192] == 8 * pairs[1024]
+    assert focus_set(1024, 8, config).keys_per_query == 325
 
 
 def test_without_cross_frequency_only_the_own_bin_is_left() -> None:

@@ -106,6 +106,18 @@ def test_original_may_take_fewer_arguments() -> None:
     torch.testing.assert_close(processor(SlicedAttnProcessor(1))(attn, x, encoder_hidden_states=text), expected)
 
 
+def test_a_time_window_is_counted_at_the_input_and_halved_level_by_level() -> None:
+    attn, x = attention(), torch.randn(1, 200 * BINS, 16)
+    config = LiteFocusConfig(min_freq_bins=1, time_window=75)
+    at_level_2 = LiteFocusAttnProcessor(None, layer="here", freq_bins=BINS, config=config, level=2)
+    of_19 = LiteFocusAttnProcessor(
+        None, layer="here", freq_bins=BINS, config=LiteFocusConfig(min_freq_bins=1, time_window=19)
+    )
+    assert torch.equal(at_level_2(attn, x), of_19(attn, x))
+    assert at_level_2.keys_kept(200) == (64 + 20 + 3 * 8) / 800
+    assert at_level_2.config is config
+
+
 @pytest.mark.parametrize("tokens", [3, 41])
 def test_refuses_tokens_that_are_no_grid(tokens) -> None:
     with pytest.raises(ValueError, match=rf"'here': {tokens} tokens cannot .* 4 frequency bins; .* freq_bins"):
