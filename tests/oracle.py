@@ -9,12 +9,12 @@ from litefocus import FocusSet
 
 
 def allowed(focus: FocusSet) -> Tensor:
-    """(tokens, tokens) booleans: may query i see key j? Read group by group, token by token."""
+    """(tokens, tokens) booleans: may query i see key j? Token by token, from the group where its output is read."""
     mask = torch.zeros(focus.tokens, focus.tokens, dtype=torch.bool)
-    for queries, keys in zip(focus.queries.tolist(), focus.keys.tolist(), strict=True):
-        for query in queries:
-            for key in keys:
-                mask[query, key] = True
+    keys = focus.keys.tolist()
+    for token, place in enumerate(focus.inverse.tolist()):
+        for key in keys[place // focus.queries.shape[1]]:
+            mask[token, key] = True
     return mask
 
 

@@ -43,10 +43,7 @@ def test_time_windows_equal_masked_dense_attention(axis, same, monkeypatch) -> N
     focus = focus_set(150, 3, LiteFocusConfig(same_frequency=same, time_window=20), freq_axis=axis)
     assert len(focus.queries) == (9 if same else 3)
     q, k, v = qkv(2, 2, focus.tokens, 4)
-    mask = torch.zeros(focus.tokens, focus.tokens, dtype=torch.bool)
-    for token, place in enumerate(focus.inverse.tolist()):  # `allowed` would join the sets of a token in two blocks
-        mask[token, focus.keys[place // focus.queries.shape[1]]] = True
-    expected = masked_attention(q, k, v, mask)
+    expected = masked_attention(q, k, v, allowed(focus))
     torch.testing.assert_close(focus_attention(q, k, v, focus), expected, rtol=1e-10, atol=1e-10)
     monkeypatch.setattr("litefocus.attention.SLICE_BYTES", 1)  # one group at a time
     torch.testing.assert_close(focus_attention(q, k, v, focus), expected, rtol=1e-10, atol=1e-10)

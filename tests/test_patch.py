@@ -8,6 +8,7 @@ import re
 import types
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,10 @@ class MaskedDense:
         if encoder_hidden_states is None and attention_mask is None:
             frames, bins = self.grid[self.name.split(".transformer_blocks")[0]]
             if bins >= self.config.min_freq_bins:
-                focus = focus_set(frames, bins, self.config, layer=self.name)
+                config = self.config
+                if config.time_window is not None:  # halved with the grid, 16 bins at the UNet's input
+                    config = replace(config, time_window=math.ceil(config.time_window * bins / 16))
+                focus = focus_set(frames, bins, config, layer=self.name)
                 mask = torch.zeros(focus.tokens, focus.tokens).masked_fill(~allowed(focus), -torch.inf)
                 attention_mask = mask.expand(len(x), -1, -1)
                 return AttnProcessor2_0()(attn, x, attention_mask=attention_mask)
@@ -87,6 +91,18 @@ def test_audio_is_that_of_masked_dense_attention(pipe, seconds, config) -> None:
     litefocus.patch(pipe, config)
     np.testing.assert_allclose(generate(pipe, seconds), expected, atol=1e-4, rtol=1e-3)
     assert np.abs(expected - dense).max() > 5e-3  # so that doing nothing would not pass
+
+
+def test_time_windows_are_those_of_masked_dense_attention() -> None:
+    pipe = build("AudioLDM 2")
+    oracle, config = copy.deepcopy(pipe), LiteFocusConfig(time_window=21)
+    install_oracle(oracle.unet, config)
+    expected = generate(oracle, 7.0, steps=1)
+    litefocus.patch(pipe, config)
+    assert litefocus.status(pipe, seconds=7).layers[0].keys_kept == pytest.approx((64 + 12 + 7 * 8) / (88 * 8))
+    np.testing.assert_allclose(generate(pipe, 7.0, steps=1), expected, atol=1e-5, rtol=1e-4)
+    litefocus.patch(pipe)
+    assert np.abs(generate(pipe, 7.0, steps=1) - expected).max() > 1e-3
 
 
 def test_ratio_one_is_dense(pipe) -> None:
