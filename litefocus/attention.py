@@ -8,8 +8,8 @@ from torch import Tensor
 
 from litefocus.focus import FocusSet
 
-# Keys gathered at once in time windows. Fresh memory is faulted in page by page, which costs more than the gather
-# itself once a call allocates tens of MB; a slice of this size stays in the cache.
+# Where keys have to be gathered in slices, as in time windows, whose keys overlap: the size of a slice on a CPU. Fresh
+# memory is faulted in page by page, which costs more than the gather once tens of MB are allocated in every call.
 SLICE_BYTES = 8 * 2**20
 
 
@@ -53,18 +53,22 @@ def focus_attention(query: Tensor, key: Tensor, value: Tensor, focus: FocusSet) 
         return picked.view(batch * index.shape[0], index.shape[1], heads, x.shape[-1]).transpose(1, 2)
 
     outputs = []
-    for part in range(0, len(focus.queries), step := _groups_at_once(query, focus)):
-        queries, keys = focus.queries[part : part + step], focus.keys[part : part + step]
+    step = _groups_at_once(query, focus)
+    for first in range(0, len(focus.queries), step):
+        queries, keys = focus.queries[first : first + step], focus.keys[first : first + step]
         output = F.scaled_dot_product_attention(gather(query, queries), gather(key, keys), gather(value, keys))
         outputs.append(output.transpose(1, 2).reshape(batch, queries.numel(), -1))
-    output = torch.cat(outputs, dim=1).index_select(1, focus.inverse)
-    return output.view(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return output.index_select(1, focus.inverse).view(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
 
 
 def _groups_at_once(query: Tensor, focus: FocusSet) -> int:
-    """All groups, unless their keys are much more than the tokens, as in time windows, which overlap."""
+    """How many groups to gather at once: all, unless their keys are more than twice the tokens."""
     groups, keys_per_query = focus.keys.shape
-    if focus.keys.numel() <= 2 * focus.inverse.shape[0]:
+    tokens = focus.inverse.shape[0]
+    if groups * keys_per_query <= 2 * tokens:
         return groups
-    keys_of_a_group = keys_per_query * query[:, :, 0].numel() * query.element_size()
-    return max(1, SLICE_BYTES // keys_of_a_group)
+    at_once = 2 * tokens // keys_per_query
+    if query.device.type == "cpu":
+        at_once = min(at_once, SLICE_BYTES // (query.element_size() * query.numel() // tokens * keys_per_query))
+    return max(1, at_once)

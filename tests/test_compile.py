@@ -75,9 +75,11 @@ def test_patches_and_unpatches_what_is_compiled_already(unet) -> None:
     assert torch.equal(step(compiled, 32), dense)
 
 
-def test_inductor() -> None:
+def test_inductor_with_time_windows() -> None:
     torch.manual_seed(0)
     unet = audioldm_unet(**TWO_LEVELS, mid_block_type=None)
-    litefocus.patch(unet, freq_bins=16)
-    expected = step(unet, 32)
-    torch.testing.assert_close(step(torch.compile(unet, fullgraph=True), 32), expected, rtol=1e-4, atol=1e-5)
+    litefocus.patch(unet, freq_bins=16, time_window=8)
+    expected = step(unet, 160)
+    torch.testing.assert_close(step(torch.compile(unet, fullgraph=True), 160), expected, rtol=1e-4, atol=1e-5)
+    (cached,) = unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.processor._focus_sets.values()
+    assert cached.keys.shape == (16, 68 + 7 * 7)
