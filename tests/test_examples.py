@@ -52,6 +52,7 @@ def test_words_outside_of_the_vocabulary_are_named(tmp_path: Path, capsys: pytes
         (["--seconds", "nan"], "--seconds must be between 0.5 and 3600, got nan"),
         (["--seconds", "1e9"], "--seconds must be between 0.5 and 3600"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--guidance", "-1"], "--guidance must be finite and at least 0, got -1"),
         (["--seed", "-1"], "--seed must be at least 0"),
         (["--output", "clip.mp3"], "--output must end in .wav, got clip.mp3"),
         (["--output", "missing/clip.wav"], "cannot write into missing: No such file or directory"),

@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=144, help="native-length clips (default: %(default)s)")
     parser.add_argument("--long-clips", type=int, default=12, help="8x clips (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", default=str(HERE / "results.json"))
