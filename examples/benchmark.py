@@ -43,9 +43,9 @@ class Call:
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of tensors allocated inside that live at the same time; `peak` is the most."""
+    """Counts the bytes of tensors allocated inside in all (`total`), and how many live at once (`peak`)."""
 
-    live = peak = 0
+    live = peak = total = 0
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -56,6 +56,7 @@ class PeakMemory(TorchDispatchMode):
             if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in inputs:
                 storage = x.untyped_storage()
                 self.live += storage.nbytes()
+                self.total += storage.nbytes()
                 self.peak = max(self.peak, self.live)
                 weakref.finalize(storage, self._free, storage.nbytes())
         return outputs

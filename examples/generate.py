@@ -125,7 +125,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.pipe = load_pipeline(args.model)
         litefocus.patch(args.pipe).remove()
     except Exception as error:  # whatever a hub, a folder or a file in it can get wrong
-        fail(f"cannot use {args.model}: {str(error).strip().splitlines()[0]}")
+        fail(f"cannot use {args.model}: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
     return args
 
 

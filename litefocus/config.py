@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-import math
+import numbers
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -62,8 +62,8 @@ class LiteFocusConfig:
 
     same_frequency: every query sees all tokens of its own frequency bin (the paper's same-frequency focus).
     cross_frequency: every query also sees a random sample of all other bins (cross-frequency compensation).
-    sparse_ratio: fraction of each other bin's frames in that sample, in [0, 1]. At 1 the result is dense
-        attention; at 0 there is no sample. Where it is above 0, at least one frame of every bin is kept.
+    sparse_ratio: fraction of each other bin's frames in that sample, in [0, 1]. At 1 the result is dense attention
+        (unless a time window is set); at 0 there is no sample. Above 0, at least one frame of every bin is kept.
     seed: seed of the sample, an integer >= 0. The sample depends on this, the layer's name and the number of
         frames alone: it is the same in every step, batch element, process and on every device.
     min_freq_bins: layers whose grid has fewer frequency bins than this keep dense attention. The published code
@@ -96,9 +96,9 @@ class LiteFocusConfig:
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
         ratio = self.sparse_ratio
-        if isinstance(ratio, (bool, str)) or not hasattr(ratio, "__float__"):
+        if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real):
             raise TypeError(f"sparse_ratio must be a number in [0, 1], got {ratio!r} ({type(ratio).__name__})")
-        if not (math.isfinite(ratio) and 0 <= ratio <= 1):
+        if not 0 <= ratio <= 1:  # false for nan too
             raise ValueError(f"sparse_ratio must be a finite number in [0, 1], got {ratio!r}")
         set_field = functools.partial(object.__setattr__, self)  # frozen: plain assignment is refused
         set_field("sparse_ratio", float(ratio))

@@ -58,6 +58,11 @@ def patch(
     config = replace(config or LiteFocusConfig(), **overrides)
     check_freq_axis(freq_axis)
     unet = _find_unet(pipe)
+    if freq_axis != "width" and _geometry(pipe) is not None:
+        raise ValueError(
+            f"freq_axis={freq_axis!r} contradicts {type(pipe).__name__}, whose latent is (time, frequency); "
+            "leave freq_axis out"
+        )
     layers = list(_self_attention_layers(unet, _input_freq_bins(pipe, freq_bins)))
     _check_some_layer_qualifies(unet, layers, config)
 
@@ -125,7 +130,7 @@ def status(pipe: Any, seconds: float | None = None) -> Status:
                 f"{type(pipe).__name__} does not say how many latent frames a second has; "
                 "pass the whole pipeline to status(pipe, seconds=...)"
             )
-        num_frames = math.ceil(seconds * geometry.frames_per_second)
+        num_frames = geometry.num_frames(seconds)
 
     rows = []
     for layer, processor in zip(layers, processors, strict=True):
@@ -167,21 +172,34 @@ class Patch:
     def remove(self) -> None:
         """Put back the original processors wherever this patch's own are still installed."""
         for layer in self._replaced:
+            layer.after.removed = True
             if layer.attn.processor is layer.after:
                 layer.attn.set_processor(layer.after.original)
         self._forget()
 
     def __enter__(self) -> Patch:
+        """Raise RuntimeError if the patch was removed already: the block would run without it."""
+        if any(layer.after.removed for layer in self._replaced):
+            raise RuntimeError("this patch was removed; patch again: with litefocus.patch(pipe): ...")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Restore what was in force before this patch, on every layer that LiteFocus still holds."""
+        nested = False
         for layer in self._replaced:
+            layer.after.removed = True
+            before = layer.before
+            if isinstance(before, LiteFocusAttnProcessor):
+                if before.removed:  # inside the block
+                    before = before.original
+                else:
+                    nested = True
             if isinstance(layer.attn.processor, LiteFocusAttnProcessor):
-                layer.attn.set_processor(layer.before)
-        self._forget()
+                layer.attn.set_processor(before)
+        if not nested:
+            self._forget()
 
     def _forget(self) -> None:
         unet = self._unet()
@@ -202,7 +220,12 @@ class Patch:
 @dataclass(frozen=True)
 class _Geometry:
     freq_bins: int  # of the latent, at the UNet's input
-    frames_per_second: float  # of the latent
+    mel_frame: float  # seconds
+    scale: int  # mel frames, and mel bins, that a VAE makes one of
+
+    def num_frames(self, seconds: float) -> int:
+        """Frames of the latent for a clip, rounded as the pipelines round them."""
+        return math.ceil(int(seconds / self.mel_frame) / self.scale)
 
 
 @dataclass(frozen=True)
@@ -247,8 +270,8 @@ def _geometry(pipe: Any) -> _Geometry | None:
     if vocoder is None or vae is None or not hasattr(vocoder, "model_in_dim"):
         return None
     scale = 2 ** (len(vae.block_out_channels) - 1)
-    frames_per_second = vocoder.sampling_rate / math.prod(vocoder.upsample_rates) / scale
-    return _Geometry(vocoder.model_in_dim // scale, frames_per_second)
+    mel_frame = math.prod(vocoder.upsample_rates) / vocoder.sampling_rate
+    return _Geometry(vocoder.model_in_dim // scale, mel_frame, scale)
 
 
 def _input_freq_bins(pipe: Any, freq_bins: int | None) -> int:
@@ -323,6 +346,6 @@ def _check_some_layer_qualifies(unet: nn.Module, layers: list[_Layer], config: L
         )
     if most == 1:
         raise ValueError(
-            f"{searched}all {len(layers)} have a single frequency bin, so that focus sets are the same as dense "
-            "attention; check freq_bins"
+            f"{searched}all {len(layers)} have a single frequency bin, which leaves no frequency axis to focus on; "
+            "check freq_bins"
         )

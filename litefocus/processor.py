@@ -53,6 +53,7 @@ class LiteFocusAttnProcessor:
         if config.time_window is not None:
             self.grid_config = replace(config, time_window=math.ceil(config.time_window / 2**level))
         self.freq_axis: FreqAxis = freq_axis
+        self.removed = False  # by the patch's handle, which no surrounding `with` block may undo
         self._focus_sets: dict[tuple[int, torch.device], FocusSet] = {}
 
     def __repr__(self) -> str:
@@ -95,6 +96,11 @@ class LiteFocusAttnProcessor:
             # operator.index: a plain int under torch.compile's dynamic shapes too, as the index needs one
             num_frames = self.num_frames(operator.index(tokens))
         if num_frames is None or self.keys_kept(num_frames) == 1:
+            output: Tensor
+            if args:  # further positional arguments keep their places
+                call = (hidden_states, encoder_hidden_states, attention_mask, temb, *args)
+                output = self.original(attn, *call, **kwargs)
+                return output
             # by keyword, and only what was given: some processors take fewer arguments
             given = {
                 "encoder_hidden_states": encoder_hidden_states,
@@ -103,7 +109,7 @@ class LiteFocusAttnProcessor:
                 **kwargs,
             }
             given = {name: value for name, value in given.items() if value is not None}
-            output: Tensor = self.original(attn, hidden_states, *args, **given)
+            output = self.original(attn, hidden_states, **given)
             return output
 
         residual = hidden_states
@@ -150,6 +156,8 @@ def _cached_focus_set(processor: LiteFocusAttnProcessor, num_frames: int, device
                 layer=processor.layer,
                 freq_axis=processor.freq_axis,
             ).to(device)
+        if type(focus.inverse) is not torch.Tensor:
+            return focus  # made while torch.export or a FakeTensorMode traces: of no use outside
         for oldest in list(cache)[: 1 - LENGTHS_KEPT]:
             cache.pop(oldest, None)  # default: another thread may have been faster
         cache[num_frames, device] = focus

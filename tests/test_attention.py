@@ -136,6 +136,20 @@ def test_one_call_needs_at_most_three_times_the_memory_of_its_inputs(projected, 
     assert inputs < memory.peak <= 3 * inputs
 
 
+@pytest.mark.parametrize("projected", [False, True])
+def test_with_time_windows_a_call_moves_memory_in_proportion_to_the_clip(projected) -> None:
+    moved = []
+    for frames in (1024, 2048):
+        focus = focus_set(frames, 8, LiteFocusConfig(time_window=128))
+        q, k, v = qkv(1, 4, focus.tokens, 16, torch.float32)
+        if projected:
+            q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+        with PeakMemory() as memory, torch.no_grad():
+            focus_attention(q, k, v, focus)
+        moved.append(memory.total)
+    assert moved[1] == pytest.approx(2 * moved[0], rel=0.05)
+
+
 def test_refuses_another_grid() -> None:
     q, k, v = qkv(1, 1, 24, 4)
     with pytest.raises(ValueError, match="the focus set is for 32 tokens, query has 24"):

@@ -49,6 +49,8 @@ def test_numbers_of_numpy_become_plain_ones() -> None:
         ({"sparse_ratio": "0.1"}, TypeError, r"sparse_ratio must be a number .* got '0.1' \(str\)"),
         ({"sparse_ratio": True}, TypeError, r"sparse_ratio must be a number .* got True \(bool\)"),
         ({"sparse_ratio": None}, TypeError, "sparse_ratio must be a number .* got None"),
+        ({"sparse_ratio": np.zeros(2)}, TypeError, "sparse_ratio must be a number"),
+        ({"sparse_ratio": 10**400}, ValueError, "sparse_ratio must be a finite number"),
         ({"seed": 1.0}, TypeError, r"seed must be an integer of at least 0, got 1.0 \(float\)"),
         ({"seed": -1}, ValueError, "seed must be an integer of at least 0, got -1"),
         ({"seed": True}, TypeError, "seed must be an integer"),

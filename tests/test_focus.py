@@ -82,6 +82,12 @@ def test_time_windows_by_their_definition(num_frames, freq_bins, time_window, ra
         others = {f: frames for f, frames in frames_of_bin.items() if not config.same_frequency or f != own}
         assert len({len(frames) for frames in others.values()}) <= 1
         if not config.same_frequency:
+            reach = 2 * half + max(64, half)
+            frames = set().union(*others.values())
+            assert max(frames) - min(frames) < (num_frames if reach >= num_frames else reach)
+            if reach < num_frames:
+                assert frame - reach < min(frames)
+                assert max(frames) < frame + reach
             continue
         window = frames_of_bin[own]
         first, last = min(window), max(window)
@@ -110,6 +116,18 @@ def test_with_a_time_window_cost_is_linear_in_the_clip() -> None:
     assert pairs[2048] == 2 * pairs[1024]
     assert pairs[8192] == 8 * pairs[1024]
     assert focus_set(1024, 8, config).keys_per_query == 325
+    wide = focus_set(4096, 8, LiteFocusConfig(time_window=512))  # blocks of half a window
+    assert wide.queries.shape == (8 * 16, 256)
+    assert wide.keys.shape == (8 * 16, 768 + 7 * 77)
+
+
+def test_blocks_without_same_frequency_sample_their_own_window() -> None:
+    """Every frame of a window is in reach: at ratio 1 the sample is the window."""
+    config = LiteFocusConfig(same_frequency=False, sparse_ratio=1, time_window=20)
+    focus = focus_set(150, 2, config)
+    windows = [(0, 83), (54, 137), (66, 149)]  # blocks at 0, 64 and 86, ten frames on either side, clamped
+    for keys, (first, last) in zip(focus.keys.tolist(), windows, strict=True):
+        assert sorted({key // 2 for key in keys}) == list(range(first, last + 1))
 
 
 def test_without_cross_frequency_only_the_own_bin_is_left() -> None:

@@ -153,6 +153,23 @@ def test_nested_contexts_restore_the_outer_configuration(pipe) -> None:
     assert same(before, processors(pipe.unet))
 
 
+def test_a_removed_patch_does_not_come_back(pipe) -> None:
+    before = processors(pipe.unet)
+    outer = litefocus.patch(pipe)
+    with litefocus.patch(pipe, seed=1):
+        outer.remove()
+    assert same(before, processors(pipe.unet))
+    with pytest.raises(RuntimeError, match="this patch was removed; patch again"), outer:
+        pass
+
+
+def test_what_was_overwritten_inside_a_context_is_still_shown_outside(pipe) -> None:
+    litefocus.patch(pipe)
+    with litefocus.patch(pipe, seed=1):
+        pipe.enable_attention_slicing()
+    assert {layer.state for layer in litefocus.status(pipe).layers} == {"overwritten by SlicedAttnProcessor"}
+
+
 def test_unpatch_inside_a_context_is_final(pipe) -> None:
     before = processors(pipe.unet)
     litefocus.patch(pipe)
@@ -435,6 +452,16 @@ def test_status_of_a_bare_unet_does_not_guess() -> None:
         litefocus.status(unet, seconds=10)
 
 
+@pytest.mark.parametrize("seconds", [0.28, 0.57, 1.005, 1.12, 20])
+def test_status_counts_frames_as_the_pipeline_does(pipe, seconds) -> None:
+    shapes = []
+    pipe.unet.register_forward_pre_hook(lambda _module, args: shapes.append(args[0].shape))
+    generate(pipe, seconds, steps=1)
+    pipe.unet._forward_pre_hooks.clear()
+    rows = litefocus.status(pipe, seconds=seconds).layers
+    assert {row.frames for row in rows if row.freq_bins == 8} == {math.ceil(shapes[0][2] / 2)}
+
+
 @pytest.mark.parametrize(("seconds", "error"), [(0, ValueError), (math.nan, ValueError), ("ten", TypeError)])
 def test_status_refuses_silly_lengths(seconds, error) -> None:
     with pytest.raises(error, match="seconds must be"):
@@ -484,6 +511,7 @@ def test_refuses_what_has_no_unet(call) -> None:
     [
         ({"freq_bins": 8}, ValueError, "freq_bins=8 contradicts the pipeline, whose latent has 16 frequency bins"),
         ({"freq_bins": 16.0}, TypeError, "freq_bins must be an integer"),
+        ({"freq_axis": "height"}, ValueError, r"freq_axis='height' contradicts .* latent is \(time, frequency\)"),
         ({"freq_axis": "hight"}, ValueError, "got 'hight'. Did you mean 'height'?"),
         ({"freq_bin": 16}, TypeError, r"patch\(\) has no option 'freq_bin'. Did you mean 'freq_bins'?"),
         ({"sparse_ration": 0.2}, TypeError, r"patch\(\) has no option 'sparse_ration'. Did you mean 'sparse_ratio'?"),

@@ -9,6 +9,7 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, SlicedAttnProcessor
 from oracle import allowed
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from litefocus import LiteFocusAttnProcessor, LiteFocusConfig, focus_set
 
@@ -100,6 +101,12 @@ def test_positional_arguments_are_handed_on() -> None:
     assert recorder.calls[0][1] == {"encoder_hidden_states": text}
 
 
+def test_further_positional_arguments_keep_their_places() -> None:
+    recorder, attn, x, text = Recorder(), attention(), torch.randn(2, FRAMES * BINS, 16), torch.randn(2, 7, 16)
+    processor(recorder)(attn, x, text, None, None, 0.5)
+    assert recorder.calls == [((attn, x, text, None, None, 0.5), {})]
+
+
 def test_original_may_take_fewer_arguments() -> None:
     attn, x, text = attention(), torch.randn(2, FRAMES * BINS, 16), torch.randn(2, 7, 16)
     expected = AttnProcessor2_0()(attn, x, encoder_hidden_states=text)
@@ -146,6 +153,15 @@ def test_inference_mode_first_does_not_spoil_gradients_later() -> None:
     assert torch.equal(output.detach(), expected)
     assert x.grad is not None
     assert x.grad.abs().sum() > 0
+
+
+def test_tracing_with_fake_tensors_leaves_nothing_behind() -> None:
+    attn, x = attention(), torch.randn(1, FRAMES * BINS, 16)
+    attn.set_processor(processor())
+    expected = processor()(attn, x)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        attn(x)
+    assert torch.equal(attn(x), expected)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
