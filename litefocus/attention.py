@@ -8,9 +8,8 @@ from torch import Tensor
 
 from litefocus.focus import FocusSet
 
-# Where keys have to be gathered in slices, as in time windows, whose keys overlap: the size of a slice on a CPU. Fresh
-# memory is faulted in page by page, which costs more than the gather once tens of MB are allocated in every call.
-SLICE_BYTES = 8 * 2**20
+# Keys gathered at once on a CPU. Larger tensors cost more in memory that is faulted in page by page than in the gather.
+SLICE_BYTES = 4 * 2**20
 
 
 def focus_attention(query: Tensor, key: Tensor, value: Tensor, focus: FocusSet) -> Tensor:
@@ -54,7 +53,7 @@ def focus_attention(query: Tensor, key: Tensor, value: Tensor, focus: FocusSet) 
     # from a projection, as they do in a UNet.
     query_rows, key_rows, value_rows = (x.transpose(1, 2).flatten(2) for x in (query, key, value))
     outputs = []
-    step = _groups_at_once(query, focus)
+    step = _groups_at_once(key, focus)
     for first in range(0, len(focus.queries), step):
         queries, keys = focus.queries[first : first + step], focus.keys[first : first + step]
         output = F.scaled_dot_product_attention(
@@ -65,13 +64,10 @@ def focus_attention(query: Tensor, key: Tensor, value: Tensor, focus: FocusSet) 
     return output.index_select(1, focus.inverse).view(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
 
 
-def _groups_at_once(query: Tensor, focus: FocusSet) -> int:
-    """How many groups to gather at once: all, unless their keys are more than twice the tokens."""
-    groups, keys_per_query = focus.keys.shape
+def _groups_at_once(key: Tensor, focus: FocusSet) -> int:
+    """How many groups to gather at once: what fits in twice the tokens, and on a CPU in SLICE_BYTES."""
     tokens = focus.inverse.shape[0]
-    if groups * keys_per_query <= 2 * tokens:
-        return groups
-    at_once = 2 * tokens // keys_per_query
-    if query.device.type == "cpu":
-        at_once = min(at_once, SLICE_BYTES // (query.element_size() * query.numel() // tokens * keys_per_query))
-    return max(1, at_once)
+    keys = 2 * tokens
+    if key.device.type == "cpu" and not torch.compiler.is_compiling():  # which would unroll every slice
+        keys = min(keys, SLICE_BYTES * tokens // key.nbytes)
+    return max(1, keys // focus.keys.shape[1])

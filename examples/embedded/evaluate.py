@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--samples", help="folder with the flac files of sonic-pi-samples (for the real scenes)")
     parser.add_argument("--pipeline", default=str(HERE / "pipeline"))
     parser.add_argument("--only", choices=("real", "native", "long"), help="one part; results.json keeps the rest")
-    parser.add_argument("--clips", type=int, default=144, help="native-length clips (default: %(default)s)")
+    parser.add_argument("--clips", type=int, default=108, help="native-length clips (default: %(default)s)")
     parser.add_argument("--long-clips", type=int, default=12, help="8x clips (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--guidance", type=float, default=5.0)

@@ -165,7 +165,7 @@ def train_vae(args: argparse.Namespace) -> None:
         l1 = error.abs().mean()
         return {"loss": l1 + 0.1 * error.square().mean() + 1e-3 * kl, "l1": l1.detach(), "kl": kl.detach()}
 
-    average = fit("vae", vae, loss_of, args, peak_rate=1.5e-3, minutes=args.minutes or 12.0)
+    average = fit("vae", vae, loss_of, args, peak_rate=1.5e-3, minutes=args.minutes or 13.0)
     with torch.inference_mode():
         latents = torch.cat([average.encode(mels[i : i + 8]).latent_dist.mean for i in range(0, 360, 8)])
     average.register_to_config(scaling_factor=1.0 / float(latents.std()))
@@ -240,7 +240,7 @@ def train_vocoder(args: argparse.Namespace) -> None:
         real = torch.stack([sound[i, HOP * t : HOP * (t + frames)] for i, t in places])
         return distance(vocoder(mel[:, 0]), real)
 
-    average = fit("vocoder", vocoder, loss_of, args, peak_rate=1.5e-3, minutes=args.minutes or 35.0)
+    average = fit("vocoder", vocoder, loss_of, args, peak_rate=1.5e-3, minutes=args.minutes or 52.0)
     print(f"held-out mel L1 {vocoder_error(average, args):.3f}")
 
 
@@ -375,7 +375,7 @@ def train_unet(args: argparse.Namespace) -> None:
         error = (v - (signal * noise - noise_level * clean)).square().mean(dim=(1, 2, 3))
         return {"loss": error.mean(), "noisy": error[3 * size // 4 :].mean().detach()}
 
-    fit("unet", unet, loss_of, args, peak_rate=1e-3, minutes=args.minutes or 75.0, ema_decay=0.998)
+    fit("unet", unet, loss_of, args, peak_rate=1e-3, minutes=args.minutes or 112.0, ema_decay=0.998)
 
 
 # ---------------------------------------------------------------------------------------------------- export
@@ -436,7 +436,7 @@ def main() -> None:
     parser.add_argument("--samples", help="folder with the flac files of sonic-pi-samples")
     parser.add_argument("--work", default="work", help="folder for checkpoints (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help="training time (default: what the shipped weights had)")
-    parser.add_argument("--scenes", type=int, default=2880, help="training scenes of the UNet (default: %(default)s)")
+    parser.add_argument("--scenes", type=int, default=1440, help="training scenes of the UNet (default: %(default)s)")
     parser.add_argument("--copyright", help="export: copyright file of the package; rewrites manifest.csv")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     args = parser.parse_args()
