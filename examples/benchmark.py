@@ -1,34 +1,52 @@
-"""Time and memory of one self-attention call: dense, published LiteFocus arithmetic, and litefocus.
+"""Time and memory of LiteFocus beside dense attention, the published code's arithmetic, time tiles and token merging.
 
-    python examples/benchmark.py                       # 80 s at F = 8 in AudioLDM 2's shapes
-    python examples/benchmark.py --step --rounds 3     # a whole step of AudioLDM 2's UNet, minutes a round
+    python examples/benchmark.py                            # one self-attention call, AudioLDM 2, 80 s
+    python examples/benchmark.py step --models audioldm2 --seconds 10 80
+    python examples/benchmark.py step --quick               # under two minutes
+    python examples/benchmark.py road --seconds 80          # the whole pipeline by stage
 
-Methods alternate within a round, since machines drift; seconds are CPU seconds, ratios are of medians of one run.
+Models have their published widths and random weights: speed does not depend on the weights. A step is one call of the
+UNet with classifier-free guidance (batch 2). Methods alternate within a round, since machines drift; seconds are CPU
+seconds, ratios are of medians of one run. `step` also takes `--output NAME` for NAME.json and the plot NAME.png.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import math
 import platform
 import statistics
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import AudioLDM2UNet2DConditionModel
-from torch import Tensor
+from diffusers import AudioLDM2UNet2DConditionModel, AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
+from transformers import (
+    ClapTextConfig,
+    ClapTextModelWithProjection,
+    GPT2Config,
+    GPT2LMHeadModel,
+    SpeechT5HifiGan,
+    SpeechT5HifiGanConfig,
+    T5Config,
+    T5EncoderModel,
+)
 
 import litefocus
-from litefocus import LiteFocusConfig, focus_attention, focus_set
+from litefocus import LiteFocusAttnProcessor, LiteFocusConfig, focus_attention, focus_set
 
 BATCH, HEADS, HEAD_DIM, FREQ_BINS = 2, 8, 32, 8  # AudioLDM 2 with classifier-free guidance, where most time goes
 FRAMES_PER_SECOND = 12.8  # at that level, in the paper's count: 1024 frames at 80 s
@@ -67,13 +85,13 @@ class PeakMemory(TorchDispatchMode):
 
 def published(query: Tensor, key: Tensor, value: Tensor, sample: Tensor) -> Tensor:
     """The formula of the published code: scores of own-bin keys and of one sample of all tokens, materialised."""
-    batch, heads, _, dim = query.shape
-    rows = [x.view(batch, heads, -1, FREQ_BINS, dim).transpose(2, 3) for x in (query, key, value)]
+    dim = query.shape[-1]
+    rows = [x.unflatten(2, (-1, FREQ_BINS)).transpose(2, 3) for x in (query, key, value)]
     own = rows[0] @ rows[1].transpose(-1, -2)  # (batch, heads, bins, frames, frames)
-    cross = (query @ key[:, :, sample].transpose(-1, -2)).view(batch, heads, -1, FREQ_BINS, len(sample)).transpose(2, 3)
+    cross = (query @ key[:, :, sample].transpose(-1, -2)).unflatten(2, (-1, FREQ_BINS)).transpose(2, 3)
     weights = (torch.cat([own, cross], dim=-1) * dim**-0.5).softmax(dim=-1)
     own, cross = weights.split([own.shape[-1], len(sample)], dim=-1)
-    return (own @ rows[2] + cross @ value[:, :, None, sample]).transpose(2, 3).reshape(query.shape)
+    return (own @ rows[2] + cross @ value[:, :, None, sample]).transpose(2, 3).flatten(2, 3)
 
 
 def attention_call(seconds: float) -> tuple[str, dict[str, Call]]:
@@ -98,16 +116,262 @@ def attention_call(seconds: float) -> tuple[str, dict[str, Call]]:
     }
 
 
-def unet_step(seconds: float) -> tuple[str, dict[str, Call]]:
-    """One step of AudioLDM 2's UNet at its published widths. The weights are random: speed does not depend on them."""
-    unet = AudioLDM2UNet2DConditionModel(
+# ----------------------------------------------------------------------------------------------------- one step
+
+NATIVE = 256  # latent frames, 10.24 s
+AUDIOLDM = {
+    "in_channels": 8,
+    "out_channels": 8,
+    "block_out_channels": (128, 256, 384, 640),
+    "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 3,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 3 + ("UpBlock2D",),
+}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "audioldm-s": lambda: UNet2DConditionModel(
+        **AUDIOLDM,
+        cross_attention_dim=AUDIOLDM["block_out_channels"],
+        class_embed_type="simple_projection",
+        projection_class_embeddings_input_dim=512,
+        class_embeddings_concat=True,
+    ),
+    "audioldm2": lambda: AudioLDM2UNet2DConditionModel(**AUDIOLDM, cross_attention_dim=((None, 768, 1024),) * 4),
+    "audioldm2-large": lambda: AudioLDM2UNet2DConditionModel(
+        **AUDIOLDM, cross_attention_dim=((None, 768, 1024, None),) * 4, transformer_layers_per_block=2
+    ),
+    "tango": lambda: UNet2DConditionModel(
         in_channels=8,
         out_channels=8,
-        block_out_channels=(128, 256, 384, 640),
-        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 3,
-        up_block_types=("CrossAttnUpBlock2D",) * 3 + ("UpBlock2D",),
-        cross_attention_dim=((None, 768, 1024),) * 4,
-    ).eval()
+        block_out_channels=(320, 640, 1280, 1280),
+        attention_head_dim=(5, 10, 20, 20),
+        cross_attention_dim=1024,
+        use_linear_projection=True,
+        upcast_attention=True,
+    ),
+}
+
+
+def inputs(unet: nn.Module, seconds: float) -> dict[str, Tensor]:
+    """What a pipeline gives the UNet at a step."""
+    given = {"sample": torch.randn(BATCH, 8, math.ceil(25 * seconds), 16), "timestep": torch.tensor(1)}
+    if isinstance(unet, AudioLDM2UNet2DConditionModel):
+        prompt = {"encoder_hidden_states": torch.randn(BATCH, 8, 768)}
+        return given | prompt | {"encoder_hidden_states_1": torch.randn(BATCH, 16, 1024)}
+    if unet.config.class_embed_type is not None:
+        return given | {"class_labels": torch.randn(BATCH, 512), "encoder_hidden_states": None}  # type: ignore[dict-item]
+    return given | {"encoder_hidden_states": torch.randn(BATCH, 16, 1024)}
+
+
+class Peer:
+    """A processor that runs self-attention its own way. Cross-attention stays with `original`."""
+
+    def __init__(self, original: Any, freq_bins: int) -> None:
+        self.original, self.freq_bins = original, freq_bins
+        self.native = math.ceil(NATIVE * freq_bins / 16)  # frames, at this layer's level
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        if encoder_hidden_states is not None:
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask)
+        return self.own(attn, hidden_states)
+
+    def own(self, attn: Any, x: Tensor) -> Tensor:
+        """Self-attention over x (batch, tokens, channels)."""
+        return x  # none at all: what is left of a step
+
+    def kept(self, frames: int) -> float:
+        """Share of dense self-attention's arithmetic."""
+        return 0.0
+
+
+class Published(Peer):
+    """The published code's formula, on the levels that it covers."""
+
+    def own(self, attn: Any, x: Tensor) -> Tensor:
+        """See `published`."""
+        if self.freq_bins != FREQ_BINS:
+            return self.original(attn, x)
+        q, k, v = (f(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for f in (attn.to_q, attn.to_k, attn.to_v))
+        sample = torch.randperm(x.shape[1])[: x.shape[1] // 10]
+        return attn.to_out[0](published(q, k, v, sample).transpose(1, 2).flatten(2))
+
+    def kept(self, frames: int) -> float:
+        """Keys of the own bin and of the sample."""
+        return 1 / FREQ_BINS + 0.1 if self.freq_bins == FREQ_BINS else 1.0
+
+
+class Tiles(Peer):
+    """Dense attention in time tiles of native length, as HyperTile does."""
+
+    def own(self, attn: Any, x: Tensor) -> Tensor:
+        """Whole tiles side by side in the batch, then the rest."""
+        size = self.native * self.freq_bins
+        whole = x.shape[1] // size * size
+        parts = []
+        if whole:
+            tiles = x[:, :whole].reshape(-1, size, x.shape[2])
+            parts.append(self.original(attn, tiles).reshape(x.shape[0], whole, -1))
+        if whole < x.shape[1]:
+            parts.append(self.original(attn, x[:, whole:]))
+        return torch.cat(parts, dim=1)
+
+    def kept(self, frames: int) -> float:
+        """Whole tiles and the rest."""
+        return (frames // self.native * self.native**2 + (frames % self.native) ** 2) / frames**2
+
+
+class Merged(Peer):
+    """Half of the tokens merged before self-attention, by tomesd's own functions."""
+
+    def own(self, attn: Any, x: Tensor) -> Tensor:
+        """Matched anew in every layer, as tomesd does."""
+        from tomesd.merge import bipartite_soft_matching_random2d
+
+        tokens = x.shape[1]
+        merge, unmerge = bipartite_soft_matching_random2d(
+            x, self.freq_bins, tokens // self.freq_bins, 2, 2, tokens // 2, generator=torch.Generator().manual_seed(0)
+        )
+        return unmerge(self.original(attn, merge(x)))
+
+    def kept(self, frames: int) -> float:
+        """Half the queries, half the keys; the matching's own arithmetic is not counted."""
+        return 0.25
+
+
+METHODS: dict[str, dict[str, Any] | type[Peer]] = {
+    "dense SDPA": {},
+    "litefocus": {"min_freq_bins": 8},
+    "litefocus, all levels": {"min_freq_bins": 2},
+    "litefocus, all levels, time_window=256": {"min_freq_bins": 2, "time_window": 256},
+    "litefocus, all levels, time_window=512": {"min_freq_bins": 2, "time_window": 512},
+    "published arithmetic": Published,
+    "time tiles": Tiles,
+    "token merging 50 %": Merged,
+}
+NO_ATTENTION = "without self-attention"
+
+
+@contextlib.contextmanager
+def using(method: str, pipe: Any) -> Iterator[None]:
+    """The UNet with one of METHODS on its self-attention layers."""
+    how = Peer if method == NO_ATTENTION else METHODS[method]
+    if how == {}:
+        yield
+    elif isinstance(how, dict):
+        with litefocus.patch(pipe, **how):
+            yield
+    else:
+        with litefocus.patch(pipe):  # finds the layers
+            layers = [
+                m for m in pipe.unet.modules() if isinstance(getattr(m, "processor", None), LiteFocusAttnProcessor)
+            ]
+            before = [layer.processor for layer in layers]
+            for layer, processor in zip(layers, before, strict=True):
+                layer.set_processor(how(processor.original, processor.freq_bins))
+            try:
+                yield
+            finally:
+                for layer, processor in zip(layers, before, strict=True):
+                    layer.set_processor(processor)
+
+
+@dataclass
+class Layer:
+    """Self-attention layers of one kind, which all take the same time: the first of them, and how many there are."""
+
+    attn: Any
+    frames: int
+    freq_bins: int
+    count: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Of the layer's grid."""
+        return self.frames * self.freq_bins
+
+
+def kinds(pipe: Any, seconds: float) -> list[Layer]:
+    """Every kind of self-attention layer."""
+    with litefocus.patch(pipe):
+        found: dict[tuple[int, ...], Layer] = {}
+        for row in litefocus.status(pipe, seconds=seconds).layers:
+            attn = pipe.unet.get_submodule(row.name)
+            key = (row.freq_bins or 0, attn.to_q.out_features, attn.heads)
+            found.setdefault(key, Layer(attn, row.frames or 0, row.freq_bins or 0)).count += 1
+    return list(found.values())
+
+
+def flop_ratio(method: str, pipe: Any, seconds: float) -> float:
+    """Dense arithmetic of a step / the method's."""
+    with using("litefocus", pipe):
+        flops = litefocus.status(pipe, seconds=seconds).flops
+    assert flops is not None
+    how = METHODS[method]
+    if isinstance(how, dict):
+        if not how:
+            return 1.0
+        with litefocus.patch(pipe, **how):
+            flops = litefocus.status(pipe, seconds=seconds).flops
+        assert flops is not None
+        return flops.ratio
+    saved = sum(
+        layer.count
+        * 4
+        * layer.tokens**2
+        * layer.attn.to_q.out_features
+        * (1 - how(None, layer.freq_bins).kept(layer.frames))
+        for layer in kinds(pipe, seconds)
+    )
+    return flops.dense / (flops.dense - saved)
+
+
+@dataclass
+class Row:
+    """Figures of one method, for the table and the JSON. `summed`: from single layers and the rest of a step."""
+
+    model: str
+    seconds: float
+    method: str
+    cpu_median: float
+    cpu_min: float
+    ratio: float
+    flop_ratio: float
+    peak_mb: float
+    summed: bool
+
+
+def cpu_seconds(run: Callable[[], Any]) -> float:
+    """CPU time of one run."""
+    started = time.process_time()
+    run()
+    return time.process_time() - started
+
+
+def measure(runs: dict[str, Callable[[], Any]], rounds: int, bar: Any) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """CPU seconds of every round, and bytes at the peak, of each of `runs`; the first one, uncounted, warms up."""
+    took: dict[str, list[float]] = {name: [] for name in runs}
+    peak = {}
+    for name, run in runs.items():
+        bar.set_postfix_str(name)
+        with PeakMemory() as memory:
+            run()
+        peak[name] = memory.peak
+        bar.update()
+    for _ in range(rounds):
+        for name, run in runs.items():
+            bar.set_postfix_str(name)
+            took[name].append(cpu_seconds(run))
+            bar.update()
+    return took, peak
+
+
+def step(model: str, seconds: float, methods: list[str], args: argparse.Namespace, bar: Any) -> list[Row]:
+    """Rows of one model at one length."""
+    unet = MODELS[model]().eval()
     # what status() reads of a pipeline: 64 mel bins, 100 mel frames a second, VAE scale factor 4
     pipe = SimpleNamespace(
         unet=unet,
@@ -116,72 +380,242 @@ def unet_step(seconds: float) -> tuple[str, dict[str, Call]]:
             config=SimpleNamespace(model_in_dim=64, sampling_rate=16000, upsample_rates=(5, 4, 2, 2, 2))
         ),
     )
-    inputs = {
-        "sample": torch.randn(BATCH, 8, math.ceil(25 * seconds), 16),
-        "timestep": torch.tensor(1),
-        "encoder_hidden_states": torch.randn(BATCH, 8, 768),
-        "encoder_hidden_states_1": torch.randn(BATCH, 16, 1024),
-    }
+    given = inputs(unet, seconds)
+    forward: Callable[..., Any] = torch.compile(unet) if args.compile else unet
+    summed = seconds > args.sum_above
 
-    def dense() -> Tensor:
-        return unet(**inputs).sample
+    def whole(method: str) -> Callable[[], None]:
+        def run() -> None:
+            with using(method, pipe):
+                forward(**given)
 
-    def patched(**options: Any) -> Call:
-        def run() -> Tensor:
-            with litefocus.patch(pipe, **options):
-                return dense()
+        return run
 
-        with litefocus.patch(pipe, **options):
-            flops = litefocus.status(pipe, seconds).flops
-        assert flops is not None
-        return Call(run, flops.ratio)
+    def alone(method: str, layer: Layer) -> Callable[[], None]:
+        x = torch.randn(BATCH, layer.tokens, layer.attn.to_q.in_features)
 
-    calls = {
-        "dense SDPA": Call(dense, 1.0),
-        "litefocus": patched(),
-        "litefocus, min_freq_bins=2": patched(min_freq_bins=2),
-        "litefocus, min_freq_bins=2, time_window=256": patched(min_freq_bins=2, time_window=256),
-    }
-    return f"one step of AudioLDM 2's UNet, batch {BATCH}", calls
+        def run() -> None:
+            with using(method, pipe):
+                layer.attn(x)
 
+        return run
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=80.0, help="length of the clip (default: %(default)s)")
-    parser.add_argument("--step", action="store_true", help="a whole step of AudioLDM 2's UNet instead of one call")
-    parser.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-
-    title, methods = (unet_step if args.step else attention_call)(args.seconds)
-    took: dict[str, list[float]] = {name: [] for name in methods}
-    peak: dict[str, int] = {}
-    with torch.inference_mode():
-        for name, call in methods.items():  # also warms up
-            with PeakMemory() as memory:
-                call.run()
-            peak[name] = memory.peak
-        for _ in tqdm(range(args.rounds), desc="rounds"):
-            for name, call in methods.items():
-                started = time.process_time()
-                call.run()
-                took[name].append(time.process_time() - started)
-
-    print(
-        f"{args.seconds:g} s of audio, {title}; {platform.machine()}, {args.threads} threads, "
-        f"torch {torch.__version__}, {args.rounds} rounds, {date.today()}"
-    )
-    print("| method | CPU s, median | minimum | ratio to dense | FLOP ratio | share reached | peak memory, MB |")
-    print("|---|---|---|---|---|---|---|")
-    dense = statistics.median(took["dense SDPA"])
-    for name, call in methods.items():
-        ratio = dense / statistics.median(took[name])
-        print(
-            f"| {name} | {dense / ratio:.3f} | {min(took[name]):.3f} | {ratio:.2f} | {call.flop_ratio:.2f} "
-            f"| {ratio / call.flop_ratio:.0%} | {peak[name] / 1e6:.0f} |"
+    if not summed:
+        took, peak = measure({method: whole(method) for method in methods}, args.rounds, bar)
+    else:
+        rest, rest_peak = measure({NO_ATTENTION: whole(NO_ATTENTION)}, args.rounds, bar)
+        took = {method: list(rest[NO_ATTENTION]) for method in methods}
+        peak = dict.fromkeys(methods, 0)
+        for layer in kinds(pipe, seconds):
+            one, one_peak = measure({method: alone(method, layer) for method in methods}, args.rounds, bar)
+            for method in methods:
+                took[method] = [a + layer.count * b for a, b in zip(took[method], one[method], strict=True)]
+                peak[method] = max(peak[method], one_peak[method], rest_peak[NO_ATTENTION])
+    dense = statistics.median(took[methods[0]])
+    return [
+        Row(
+            model,
+            seconds,
+            method,
+            statistics.median(took[method]),
+            min(took[method]),
+            dense / statistics.median(took[method]),
+            flop_ratio(method, pipe, seconds),
+            peak[method] / 1e6,
+            summed,
         )
+        for method in methods
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- the whole road
+
+
+def road(seconds: float, args: argparse.Namespace) -> list[tuple[str, float, int]]:
+    """(stage, CPU seconds, bytes at the peak) of AudioLDM 2 at its published widths, random weights, batch 1 prompt."""
+    frames = math.ceil(25 * seconds)
+    stages: list[tuple[str, float, int]] = []
+
+    def stage(name: str, run: Callable[[], Any], times: float = 1.0) -> None:
+        with PeakMemory() as memory:
+            run()
+        stages.append((name, times * statistics.median(cpu_seconds(run) for _ in range(args.rounds)), memory.peak))
+
+    ids = torch.ones(2, 16, dtype=torch.long)
+    t5 = T5EncoderModel(
+        T5Config(d_model=1024, d_ff=2816, num_layers=24, num_heads=16, d_kv=64, feed_forward_proj="gated-gelu")
+    ).eval()
+    clap = ClapTextModelWithProjection(ClapTextConfig()).eval()
+    gpt2 = GPT2LMHeadModel(GPT2Config()).eval()
+    prompt = torch.randn(2, 18, 768)
+
+    def text() -> None:
+        t5(ids)
+        clap(ids)
+        for new in range(8):
+            gpt2(inputs_embeds=torch.cat([prompt, prompt[:, :new]], dim=1))
+
+    stage("text encoders and GPT-2", text)
+
+    unet = MODELS["audioldm2"]().eval()
+    pipe = SimpleNamespace(unet=unet)
+    given = inputs(unet, seconds)
+    methods = {"litefocus, all levels": {"min_freq_bins": 2}}
+    methods["litefocus, all levels, time_window=256"] = {"min_freq_bins": 2, "time_window": 256}
+    if seconds <= args.sum_above:
+        stage(f"UNet, {args.steps} steps, dense", lambda: unet(**given), args.steps)
+    for name, options in methods.items():
+        with litefocus.patch(pipe.unet, freq_bins=16, **options):
+            stage(f"UNet, {args.steps} steps, {name}", lambda: unet(**given), args.steps)
+
+    vae = AutoencoderKL(
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(128, 256, 512),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=8,
+    ).eval()
+    tokens = 16 * frames
+    q, k, v = torch.randn(3, 1, 1, tokens, 512)
+    part = max(1, tokens // 4096)  # its time is proportional to the queries: a part of them tells
+    stage(
+        "of VAE decode: attention of the mid block",
+        lambda: F.scaled_dot_product_attention(q[:, :, ::part], k, v),
+        tokens / len(range(0, tokens, part)),
+    )
+    middle = vae.decoder.mid_block
+    attentions = middle.attentions
+    middle.attentions = nn.ModuleList([None])  # diffusers skips it
+    latents = torch.randn(1, 8, frames, 16)
+    stage("of VAE decode: everything else", lambda: vae.decode(latents).sample)
+    middle.attentions = attentions
+    vocoder = SpeechT5HifiGan(
+        SpeechT5HifiGanConfig(
+            model_in_dim=64,
+            upsample_initial_channel=1024,
+            upsample_rates=(5, 4, 2, 2, 2),
+            upsample_kernel_sizes=(16, 16, 8, 4, 4),
+        )
+    ).eval()
+    mel = torch.randn(1, 4 * frames, 64)
+    stage("vocoder", lambda: vocoder(mel))
+    return stages
+
+
+# --------------------------------------------------------------------------------------------------------- printing
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Step cost against clip length, a panel for every model."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys(row.model for row in rows))
+    figure = Figure(figsize=(6 * len(models), 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    colours = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#E69F00")  # Okabe and Ito
+    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        for (method, colour), marker in zip(zip(METHODS, colours, strict=True), "osD^vxP*", strict=True):
+            points = [(row.seconds, row.cpu_median) for row in rows if (row.model, row.method) == (model, method)]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=method, color=colour, marker=marker)
+        axes.set(
+            title=model, xlabel="length of the clip (s)", ylabel="CPU time of a step (s)", xscale="log", yscale="log"
+        )
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=100)
+
+
+def environment(args: argparse.Namespace) -> str:
+    """Where the figures come from."""
+    return (
+        f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, diffusers {diffusers.__version__}, "
+        f"{args.rounds} rounds, {date.today()}"
+    )
+
+
+def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """In Markdown."""
+    for cells in (header, ("---",) * len(header), *rows):
+        print("| " + " | ".join(cells) + " |")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("call", "step", "road"), default="call")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="of step (default: all)")
+    parser.add_argument("--seconds", nargs="+", type=float, help="default: 80; of step: 10 20 40 80 160 320 600")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of step (default: all)")
+    parser.add_argument("--sum-above", type=float, default=160.0, help="longer steps are summed up from layers")
+    parser.add_argument("--steps", type=int, default=200, help="of road (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument("--compile", action="store_true", help="step: the UNet through torch.compile")
+    parser.add_argument("--quick", action="store_true", help="step: AudioLDM 2 at 10 and 20 s, one round")
+    parser.add_argument("--output", type=Path, help="step: write this name as .json and as .png")
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.models, args.seconds, args.rounds = ["audioldm2"], args.seconds or [10.0, 20.0], 1
+    args.seconds = args.seconds or ([10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 600.0] if args.what == "step" else [80.0])
+    args.methods = list(dict.fromkeys(["dense SDPA", *args.methods]))  # what the others are compared with
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table."""
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    print(environment(args))
+    with torch.inference_mode():
+        if args.what == "road":
+            for seconds in args.seconds:
+                print(f"AudioLDM 2, {seconds:g} s of audio, {args.steps} steps")
+                stages = [(name, f"{cpu:.1f}", f"{peak / 1e6:.0f}") for name, cpu, peak in road(seconds, args)]
+                print_table(("stage", "CPU s", "peak memory, MB"), stages)
+            return
+        rows: list[Row] = []
+        if args.what == "call":
+            for seconds in args.seconds:
+                title, calls = attention_call(seconds)
+                print(f"{seconds:g} s of audio, {title}")
+                with tqdm(total=len(calls) * (args.rounds + 1), desc="runs") as bar:
+                    took, peak = measure({name: call.run for name, call in calls.items()}, args.rounds, bar)
+                dense = statistics.median(took["dense SDPA"])
+                for name, call in calls.items():
+                    median = statistics.median(took[name])
+                    ratio = (median, min(took[name]), dense / median, call.flop_ratio, peak[name] / 1e6)
+                    rows.append(Row("attention call", seconds, name, *ratio, summed=False))
+        else:
+            with tqdm(desc="runs") as bar:
+                for model in args.models:
+                    for seconds in args.seconds:
+                        rows += step(model, seconds, args.methods, args, bar)
+                        if args.output:  # as far as it got
+                            report = {"environment": environment(args), "rows": [vars(row) for row in rows]}
+                            args.output.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+    header = ("model", "s", "method", "CPU s, median", "minimum", "ratio to dense", "FLOP ratio", "share reached")
+    print_table(
+        (*header, "peak memory, MB"),
+        [
+            (
+                row.model,
+                f"{row.seconds:g}" + (" (sum of layers)" if row.summed else ""),
+                row.method,
+                f"{row.cpu_median:.3f}",
+                f"{row.cpu_min:.3f}",
+                f"{row.ratio:.2f}",
+                f"{row.flop_ratio:.2f}",
+                f"{row.ratio / row.flop_ratio:.0%}",
+                f"{row.peak_mb:.0f}",
+            )
+            for row in rows
+        ],
+    )
+    if args.output and args.what == "step":
+        plot(rows, args.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,12 @@ from litefocus import LiteFocusAttnProcessor, LiteFocusConfig, focus_set
 FRAMES, BINS = 10, 4
 
 
+@pytest.fixture(autouse=True)
+def small_grids_focus_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grids that an oracle can afford save fewer keys than make a focus call cheaper."""
+    monkeypatch.setattr("litefocus.processor.MIN_KEYS_SAVED", 1)
+
+
 class Recorder:
     """A processor that remembers how it was called."""
 
@@ -123,6 +129,16 @@ def test_a_time_window_is_counted_at_the_input_and_halved_level_by_level() -> No
     assert torch.equal(at_level_2(attn, x), of_19(attn, x))
     assert at_level_2.keys_kept(200) == (64 + 20 + 3 * 8) / 800
     assert at_level_2.config is config
+
+
+@pytest.mark.parametrize(("frames", "dense"), [(32, True), (63, False)])  # 29 and 57 keys saved
+def test_small_grids_stay_dense_as_a_focus_call_would_not_be_cheaper(frames, dense, monkeypatch) -> None:
+    monkeypatch.undo()  # the shipped threshold
+    recorder, attn, x = Recorder(), attention(), torch.randn(1, frames * 2, 16)
+    at_2_bins = processor(recorder, freq_bins=2, sparse_ratio=0.1)
+    at_2_bins(attn, x)
+    assert bool(recorder.calls) is dense
+    assert (at_2_bins.keys_kept(frames) == 1) is dense
 
 
 @pytest.mark.parametrize("tokens", [3, 41])
