@@ -7,7 +7,8 @@
 
 Models have their published widths and random weights: speed does not depend on the weights. A step is one call of the
 UNet with classifier-free guidance (batch 2). Methods alternate within a round, since machines drift; seconds are CPU
-seconds, ratios are of medians of one run. `step` also takes `--output NAME` for NAME.json and the plot NAME.png.
+seconds, ratios are of medians of one run. `step --output NAME` writes NAME.json, where
+rows of earlier runs stay, and the plot NAME.png.
 """
 
 from __future__ import annotations
@@ -331,7 +332,10 @@ def flop_ratio(method: str, pipe: Any, seconds: float) -> float:
 
 @dataclass
 class Row:
-    """Figures of one method, for the table and the JSON. `summed`: from single layers and the rest of a step."""
+    """Figures of one method, for the table and the JSON.
+
+    summed: from single layers and the rest of a step. measured: on what, and when.
+    """
 
     model: str
     seconds: float
@@ -342,6 +346,12 @@ class Row:
     flop_ratio: float
     peak_mb: float
     summed: bool
+    measured: str
+
+    @property
+    def key(self) -> tuple[str, float, str]:
+        """What was measured."""
+        return self.model, self.seconds, self.method
 
 
 def cpu_seconds(run: Callable[[], Any]) -> float:
@@ -423,6 +433,7 @@ def step(model: str, seconds: float, methods: list[str], args: argparse.Namespac
             flop_ratio(method, pipe, seconds),
             peak[method] / 1e6,
             summed,
+            environment(args),
         )
         for method in methods
     ]
@@ -555,7 +566,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--compile", action="store_true", help="step: the UNet through torch.compile")
     parser.add_argument("--quick", action="store_true", help="step: AudioLDM 2 at 10 and 20 s, one round")
-    parser.add_argument("--output", type=Path, help="step: write this name as .json and as .png")
+    parser.add_argument("--output", type=Path, help="step: add to this .json, and plot it as .png")
     args = parser.parse_args(argv)
     if args.quick:
         args.models, args.seconds, args.rounds = ["audioldm2"], args.seconds or [10.0, 20.0], 1
@@ -587,15 +598,19 @@ def main(argv: list[str] | None = None) -> None:
                 for name, call in calls.items():
                     median = statistics.median(took[name])
                     ratio = (median, min(took[name]), dense / median, call.flop_ratio, peak[name] / 1e6)
-                    rows.append(Row("attention call", seconds, name, *ratio, summed=False))
+                    rows.append(Row("attention call", seconds, name, *ratio, summed=False, measured=environment(args)))
         else:
+            report = args.output.with_suffix(".json") if args.output else None
+            if report and report.exists():
+                rows = [Row(**row) for row in json.loads(report.read_text())]
             with tqdm(desc="runs") as bar:
                 for model in args.models:
                     for seconds in args.seconds:
-                        rows += step(model, seconds, args.methods, args, bar)
-                        if args.output:  # as far as it got
-                            report = {"environment": environment(args), "rows": [vars(row) for row in rows]}
-                            args.output.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+                        new = step(model, seconds, args.methods, args, bar)
+                        rows = [row for row in rows if row.key not in {row.key for row in new}] + new
+                        if report:  # as far as it got
+                            report.write_text(json.dumps([vars(row) for row in rows], indent=2) + "\n")
+            rows.sort(key=lambda row: (list(MODELS).index(row.model), row.seconds, list(METHODS).index(row.method)))
     header = ("model", "s", "method", "CPU s, median", "minimum", "ratio to dense", "FLOP ratio", "share reached")
     print_table(
         (*header, "peak memory, MB"),

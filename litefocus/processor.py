@@ -164,6 +164,9 @@ def _cached_focus_set(processor: LiteFocusAttnProcessor, num_frames: int, device
             ).to(device)
         if type(focus.inverse) is not torch.Tensor:
             return focus  # made while torch.export or a FakeTensorMode traces: of no use outside
+        for index in (focus.queries, focus.keys, focus.inverse):
+            # what torch._dynamo.mark_static does, without loading it: constants have no symbolic sizes to guard
+            index._dynamo_static_indices = set(range(index.ndim))  # type: ignore[attr-defined]
         for oldest in list(cache)[: 1 - LENGTHS_KEPT]:
             cache.pop(oldest, None)  # default: another thread may have been faster
         cache[num_frames, device] = focus

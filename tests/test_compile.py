@@ -48,14 +48,18 @@ def step(unet: nn.Module, frames: int) -> Tensor:
         return unet(sample, torch.tensor(7), **conditions).sample
 
 
-@pytest.mark.parametrize("warm", [False, True], ids=["patched, then compiled", "run, then compiled"])
-def test_compiles_without_a_graph_break(unet, warm) -> None:
+@pytest.mark.parametrize(
+    ("warm", "dynamic"),
+    [(False, None), (True, None), (True, True)],
+    ids=["patched, then compiled", "run, then compiled", "run, then compiled with dynamic shapes"],
+)
+def test_compiles_without_a_graph_break(unet, warm, dynamic) -> None:
     litefocus.patch(unet, freq_bins=16)
     expected = {frames: step(unet, frames) for frames in LENGTHS}
     if not warm:
         litefocus.patch(unet, freq_bins=16)  # anew: no length has been seen
     counter = CompileCounter()
-    compiled = torch.compile(unet, fullgraph=True, backend=counter)
+    compiled = torch.compile(unet, fullgraph=True, backend=counter, dynamic=dynamic)
     for _ in range(2):
         for frames in LENGTHS:
             torch.testing.assert_close(step(compiled, frames), expected[frames], rtol=1e-4, atol=1e-5)
