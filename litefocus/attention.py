@@ -54,7 +54,7 @@ def focus_attention(query: Tensor, key: Tensor, value: Tensor, focus: FocusSet) 
     query_rows, key_rows, value_rows = (x.transpose(1, 2).flatten(2) for x in (query, key, value))
     outputs = []
     step = _groups_at_once(key, focus)
-    for queries, keys in zip(focus.queries.split(step), focus.keys.split(step), strict=True):
+    for queries, keys in zip(torch.split(focus.queries, step), torch.split(focus.keys, step), strict=True):
         output = F.scaled_dot_product_attention(
             gather(query_rows, queries), gather(key_rows, keys), gather(value_rows, keys)
         )
