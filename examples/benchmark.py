@@ -7,21 +7,21 @@
 
 Models have their published widths and random weights: speed does not depend on the weights. A step is one call of the
 UNet with classifier-free guidance (batch 2). Methods alternate within a round, since machines drift; seconds are CPU
-seconds, ratios are of medians of one run. `step --output NAME` writes NAME.json, where
-rows of earlier runs stay, and the plot NAME.png.
+seconds, ratios are of medians of one run. `step --output NAME` writes NAME.json, where rows of earlier runs stay, and
+the plot NAME.png.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
 import json
 import math
 import platform
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -169,16 +169,10 @@ class Peer:
         self.original, self.freq_bins = original, freq_bins
         self.native = math.ceil(NATIVE * freq_bins / 16)  # frames, at this layer's level
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, attn: Any, x: Tensor, encoder_hidden_states: Tensor | None = None, **others: Any) -> Tensor:
         if encoder_hidden_states is not None:
-            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask)
-        return self.own(attn, hidden_states)
+            return self.original(attn, x, encoder_hidden_states, **others)
+        return self.own(attn, x)
 
     def own(self, attn: Any, x: Tensor) -> Tensor:
         """Self-attention over x (batch, tokens, channels)."""
@@ -256,28 +250,23 @@ METHODS: dict[str, dict[str, Any] | type[Peer]] = {
 NO_ATTENTION = "without self-attention"
 
 
-@contextlib.contextmanager
-def using(method: str, pipe: Any) -> Iterator[None]:
-    """The UNet with one of METHODS on its self-attention layers."""
+Processors = list[tuple[Any, Any]]  # a self-attention layer, and what it gets
+
+
+def processors(method: str, pipe: Any) -> Processors:
+    """Every self-attention layer with the processor of one of METHODS, to swap in and out without building anew."""
     how = Peer if method == NO_ATTENTION else METHODS[method]
+    with litefocus.patch(pipe, **(how if isinstance(how, dict) else {})):  # finds the layers
+        patched = [
+            (layer, layer.processor)
+            for layer in pipe.unet.modules()
+            if isinstance(getattr(layer, "processor", None), LiteFocusAttnProcessor)
+        ]
     if how == {}:
-        yield
-    elif isinstance(how, dict):
-        with litefocus.patch(pipe, **how):
-            yield
-    else:
-        with litefocus.patch(pipe):  # finds the layers
-            layers = [
-                m for m in pipe.unet.modules() if isinstance(getattr(m, "processor", None), LiteFocusAttnProcessor)
-            ]
-            before = [layer.processor for layer in layers]
-            for layer, processor in zip(layers, before, strict=True):
-                layer.set_processor(how(processor.original, processor.freq_bins))
-            try:
-                yield
-            finally:
-                for layer, processor in zip(layers, before, strict=True):
-                    layer.set_processor(processor)
+        return [(layer, focus.original) for layer, focus in patched]
+    if isinstance(how, dict):
+        return patched
+    return [(layer, how(focus.original, focus.freq_bins)) for layer, focus in patched]
 
 
 @dataclass
@@ -308,16 +297,13 @@ def kinds(pipe: Any, seconds: float) -> list[Layer]:
 
 def flop_ratio(method: str, pipe: Any, seconds: float) -> float:
     """Dense arithmetic of a step / the method's."""
-    with using("litefocus", pipe):
+    how = METHODS[method]
+    if how == {}:
+        return 1.0
+    with litefocus.patch(pipe, **(how if isinstance(how, dict) else {})):
         flops = litefocus.status(pipe, seconds=seconds).flops
     assert flops is not None
-    how = METHODS[method]
     if isinstance(how, dict):
-        if not how:
-            return 1.0
-        with litefocus.patch(pipe, **how):
-            flops = litefocus.status(pipe, seconds=seconds).flops
-        assert flops is not None
         return flops.ratio
     saved = sum(
         layer.count
@@ -361,22 +347,57 @@ def cpu_seconds(run: Callable[[], Any]) -> float:
     return time.process_time() - started
 
 
-def measure(runs: dict[str, Callable[[], Any]], rounds: int, bar: Any) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """CPU seconds of every round, and bytes at the peak, of each of `runs`; the first one, uncounted, warms up."""
+def measure(
+    runs: dict[str, Callable[[], Any]], rounds: int, bar: Any, prepare: Callable[[str], Any] = lambda name: None
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """CPU seconds of every round, and bytes at the peak, of each of `runs`; the first one, uncounted, warms up.
+
+    `prepare` is called with the name before each run, uncounted.
+    """
     took: dict[str, list[float]] = {name: [] for name in runs}
     peak = {}
-    for name, run in runs.items():
-        bar.set_postfix_str(name)
-        with PeakMemory() as memory:
-            run()
-        peak[name] = memory.peak
-        bar.update()
-    for _ in range(rounds):
+    for warm_up in (True, *[False] * rounds):
         for name, run in runs.items():
             bar.set_postfix_str(name)
-            took[name].append(cpu_seconds(run))
+            prepare(name)
+            if warm_up:
+                with PeakMemory() as memory:
+                    run()
+                peak[name] = memory.peak
+            else:
+                took[name].append(cpu_seconds(run))
             bar.update()
     return took, peak
+
+
+def rows_of(
+    model: str,
+    seconds: float,
+    took: dict[str, list[float]],
+    peak: dict[str, int],
+    flop_ratios: dict[str, float],
+    args: argparse.Namespace,
+    *,
+    summed: bool = False,
+) -> list[Row]:
+    """A row for every method of `took`, the first of which is dense."""
+    medians = {method: statistics.median(times) for method, times in took.items()}
+    dense = next(iter(medians.values()))
+    return [
+        Row(
+            model=model,
+            seconds=seconds,
+            method=method,
+            cpu_median=median,
+            cpu_min=min(took[method]),
+            ratio=dense / median,
+            flop_ratio=flop_ratios[method],
+            peak_mb=peak[method] / 1e6,
+            summed=summed,
+            measured=environment(args),
+        )
+        for method, median in medians.items()
+    ]
 
 
 def step(model: str, seconds: float, methods: list[str], args: argparse.Namespace, bar: Any) -> list[Row]:
@@ -394,49 +415,33 @@ def step(model: str, seconds: float, methods: list[str], args: argparse.Namespac
     forward: Callable[..., Any] = torch.compile(unet) if args.compile else unet
     summed = seconds > args.sum_above
 
-    def whole(method: str) -> Callable[[], None]:
-        def run() -> None:
-            with using(method, pipe):
-                forward(**given)
+    ways = {method: processors(method, pipe) for method in (*methods, NO_ATTENTION)}
 
-        return run
+    def install(method: str) -> None:
+        for layer, processor in ways[method]:
+            layer.set_processor(processor)
 
-    def alone(method: str, layer: Layer) -> Callable[[], None]:
-        x = torch.randn(BATCH, layer.tokens, layer.attn.to_q.in_features)
-
-        def run() -> None:
-            with using(method, pipe):
-                layer.attn(x)
-
-        return run
+    def whole() -> Any:
+        return forward(**given)
 
     if not summed:
-        took, peak = measure({method: whole(method) for method in methods}, args.rounds, bar)
+        took, peak = measure(dict.fromkeys(methods, whole), args.rounds, bar, install)
     else:
-        rest, rest_peak = measure({NO_ATTENTION: whole(NO_ATTENTION)}, args.rounds, bar)
-        took = {method: list(rest[NO_ATTENTION]) for method in methods}
-        peak = dict.fromkeys(methods, 0)
-        for layer in kinds(pipe, seconds):
-            one, one_peak = measure({method: alone(method, layer) for method in methods}, args.rounds, bar)
+        install("dense SDPA")
+        layers = kinds(pipe, seconds)
+        rest, rest_peak = measure({NO_ATTENTION: whole}, args.rounds, bar, install)
+        took = dict.fromkeys(methods, rest[NO_ATTENTION])
+        peak = dict.fromkeys(methods, rest_peak[NO_ATTENTION])
+        for layer in layers:
+            x = torch.randn(BATCH, layer.tokens, layer.attn.to_q.in_features)
+            alone = functools.partial(layer.attn, x)
+            one, one_peak = measure(dict.fromkeys(methods, alone), args.rounds, bar, install)
             for method in methods:
                 took[method] = [a + layer.count * b for a, b in zip(took[method], one[method], strict=True)]
-                peak[method] = max(peak[method], one_peak[method], rest_peak[NO_ATTENTION])
-    dense = statistics.median(took[methods[0]])
-    return [
-        Row(
-            model,
-            seconds,
-            method,
-            statistics.median(took[method]),
-            min(took[method]),
-            dense / statistics.median(took[method]),
-            flop_ratio(method, pipe, seconds),
-            peak[method] / 1e6,
-            summed,
-            environment(args),
-        )
-        for method in methods
-    ]
+                peak[method] = max(peak[method], one_peak[method])
+    install("dense SDPA")
+    flop_ratios = {method: flop_ratio(method, pipe, seconds) for method in methods}
+    return rows_of(model, seconds, took, peak, flop_ratios, args, summed=summed)
 
 
 # ------------------------------------------------------------------------------------------------- the whole road
@@ -469,14 +474,13 @@ def road(seconds: float, args: argparse.Namespace) -> list[tuple[str, float, int
     stage("text encoders and GPT-2", text)
 
     unet = MODELS["audioldm2"]().eval()
-    pipe = SimpleNamespace(unet=unet)
     given = inputs(unet, seconds)
-    methods = {"litefocus, all levels": {"min_freq_bins": 2}}
-    methods["litefocus, all levels, time_window=256"] = {"min_freq_bins": 2, "time_window": 256}
     if seconds <= args.sum_above:
         stage(f"UNet, {args.steps} steps, dense", lambda: unet(**given), args.steps)
-    for name, options in methods.items():
-        with litefocus.patch(pipe.unet, freq_bins=16, **options):
+    for name in ("litefocus, all levels", "litefocus, all levels, time_window=256"):
+        options = METHODS[name]
+        assert isinstance(options, dict)
+        with litefocus.patch(unet, freq_bins=16, **options):
             stage(f"UNet, {args.steps} steps, {name}", lambda: unet(**given), args.steps)
 
     vae = AutoencoderKL(
@@ -495,12 +499,9 @@ def road(seconds: float, args: argparse.Namespace) -> list[tuple[str, float, int
         lambda: F.scaled_dot_product_attention(q[:, :, ::part], k, v),
         tokens / len(range(0, tokens, part)),
     )
-    middle = vae.decoder.mid_block
-    attentions = middle.attentions
-    middle.attentions = nn.ModuleList([None])  # diffusers skips it
+    vae.decoder.mid_block.attentions = nn.ModuleList([None])  # diffusers skips it
     latents = torch.randn(1, 8, frames, 16)
     stage("of VAE decode: everything else", lambda: vae.decode(latents).sample)
-    middle.attentions = attentions
     vocoder = SpeechT5HifiGan(
         SpeechT5HifiGanConfig(
             model_in_dim=64,
@@ -594,11 +595,8 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{seconds:g} s of audio, {title}")
                 with tqdm(total=len(calls) * (args.rounds + 1), desc="runs") as bar:
                     took, peak = measure({name: call.run for name, call in calls.items()}, args.rounds, bar)
-                dense = statistics.median(took["dense SDPA"])
-                for name, call in calls.items():
-                    median = statistics.median(took[name])
-                    ratio = (median, min(took[name]), dense / median, call.flop_ratio, peak[name] / 1e6)
-                    rows.append(Row("attention call", seconds, name, *ratio, summed=False, measured=environment(args)))
+                flop_ratios = {name: call.flop_ratio for name, call in calls.items()}
+                rows += rows_of("attention call", seconds, took, peak, flop_ratios, args)
         else:
             report = args.output.with_suffix(".json") if args.output else None
             if report and report.exists():
