@@ -49,6 +49,7 @@ from transformers import (
 import litefocus
 from litefocus import LiteFocusAttnProcessor, LiteFocusConfig, focus_attention, focus_set
 
+WARM_ENOUGH = 10.0  # CPU seconds, after which warming up and counting memory (under 0.1 s) no longer matter
 BATCH, HEADS, HEAD_DIM, FREQ_BINS = 2, 8, 32, 8  # AudioLDM 2 with classifier-free guidance, where most time goes
 FRAMES_PER_SECOND = 12.8  # at that level, in the paper's count: 1024 frames at 80 s
 
@@ -350,22 +351,27 @@ def cpu_seconds(run: Callable[[], Any]) -> float:
 def measure(
     runs: dict[str, Callable[[], Any]], rounds: int, bar: Any, prepare: Callable[[str], Any] = lambda name: None
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """CPU seconds of every round, and bytes at the peak, of each of `runs`; the first one, uncounted, warms up.
+    """CPU seconds of every round, and bytes at the peak, of each of `runs`.
 
+    A first round warms up and counts memory. It is one of the rounds where it takes longer than WARM_ENOUGH.
     `prepare` is called with the name before each run, uncounted.
     """
     took: dict[str, list[float]] = {name: [] for name in runs}
     peak = {}
     for warm_up in (True, *[False] * rounds):
         for name, run in runs.items():
+            if len(took[name]) == rounds:
+                continue
             bar.set_postfix_str(name)
             prepare(name)
             if warm_up:
                 with PeakMemory() as memory:
-                    run()
+                    spent = cpu_seconds(run)
                 peak[name] = memory.peak
             else:
-                took[name].append(cpu_seconds(run))
+                spent = cpu_seconds(run)
+            if spent > WARM_ENOUGH or not warm_up:
+                took[name].append(spent)
             bar.update()
     return took, peak
 
@@ -447,15 +453,14 @@ def step(model: str, seconds: float, methods: list[str], args: argparse.Namespac
 # ------------------------------------------------------------------------------------------------- the whole road
 
 
-def road(seconds: float, args: argparse.Namespace) -> list[tuple[str, float, int]]:
+def road(seconds: float, args: argparse.Namespace, bar: Any) -> list[tuple[str, float, int]]:
     """(stage, CPU seconds, bytes at the peak) of AudioLDM 2 at its published widths, random weights, batch 1 prompt."""
     frames = math.ceil(25 * seconds)
     stages: list[tuple[str, float, int]] = []
 
     def stage(name: str, run: Callable[[], Any], times: float = 1.0) -> None:
-        with PeakMemory() as memory:
-            run()
-        stages.append((name, times * statistics.median(cpu_seconds(run) for _ in range(args.rounds)), memory.peak))
+        took, peak = measure({name: run}, args.rounds, bar)
+        stages.append((name, times * statistics.median(took[name]), peak[name]))
 
     ids = torch.ones(2, 16, dtype=torch.long)
     t5 = T5EncoderModel(
@@ -585,8 +590,12 @@ def main(argv: list[str] | None = None) -> None:
         if args.what == "road":
             for seconds in args.seconds:
                 print(f"AudioLDM 2, {seconds:g} s of audio, {args.steps} steps")
-                stages = [(name, f"{cpu:.1f}", f"{peak / 1e6:.0f}") for name, cpu, peak in road(seconds, args)]
-                print_table(("stage", "CPU s", "peak memory, MB"), stages)
+                with tqdm(desc="runs") as bar:
+                    stages = road(seconds, args, bar)
+                print_table(
+                    ("stage", "CPU s", "peak memory, MB"),
+                    [(name, f"{cpu:.1f}", f"{peak / 1e6:.0f}") for name, cpu, peak in stages],
+                )
             return
         rows: list[Row] = []
         if args.what == "call":
