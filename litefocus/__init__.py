@@ -1,6 +1,7 @@
 """LiteFocus attention for text-to-audio diffusion pipelines: long clips, faster, in one line."""
 
 from litefocus.attention import focus_attention
+from litefocus.clients.tango import set_duration
 from litefocus.config import LiteFocusConfig
 from litefocus.focus import FocusSet, focus_set
 from litefocus.patch import Patch, patch, status, unpatch
@@ -16,6 +17,7 @@ __all__ = [
     "focus_attention",
     "focus_set",
     "patch",
+    "set_duration",
     "status",
     "unpatch",
 ]

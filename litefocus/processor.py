@@ -119,17 +119,18 @@ class LiteFocusAttnProcessor:
             return output
 
         residual = hidden_states
-        # getattr: `Attention` in vendored copies of early diffusers lacks some of these
+        # getattr, hasattr: the layers of early diffusers and of the original AudioLDM code lack some of these
         if getattr(attn, "spatial_norm", None) is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)
         input_shape = hidden_states.shape
         if len(input_shape) == 4:
             hidden_states = hidden_states.flatten(2).transpose(1, 2)
-        if attn.group_norm is not None:
+        if getattr(attn, "group_norm", None) is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
         query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        heads = attn.heads if hasattr(attn, "heads") else attn.n_heads
+        query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
         if getattr(attn, "norm_q", None) is not None:
             query = attn.norm_q(query)
         if getattr(attn, "norm_k", None) is not None:

@@ -121,7 +121,8 @@ def step_flops(
                 saved += attention * (1 - keys_kept[full_name])
             layer, _, projection = full_name.partition(".to_")
             of_prompt = projection.startswith(("k", "v")) and layer not in keys_kept
-            per_token = isinstance(module, nn.Conv2d) or (isinstance(module, nn.Linear) and "attentions." in name)
+            in_transformer = "attentions." in name or "transformer_blocks." in name
+            per_token = isinstance(module, nn.Conv2d) or (isinstance(module, nn.Linear) and in_transformer)
             if per_token and not of_prompt:
                 dense += 2 * module.weight.numel() * tokens
     return StepFlops(dense, dense - saved)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import math
+from dataclasses import replace
+from typing import Any
 
-from litefocus import FocusSet
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+from litefocus import FocusSet, LiteFocusConfig, focus_set
 
 
 def allowed(focus: FocusSet) -> Tensor:
@@ -30,3 +36,53 @@ def bin_and_frame(token: int, num_frames: int, freq_bins: int, freq_axis: str) -
     if freq_axis == "width":
         return token % freq_bins, token // freq_bins
     return token // num_frames, token % num_frames
+
+
+class Grids:
+    """Where every transformer of a UNet finds its grid, (height, width), as it is measured at run time."""
+
+    def __init__(self, unet: nn.Module, kind: type[nn.Module] = Transformer2DModel) -> None:
+        self.found: dict[str, tuple[int, int]] = {}
+        for name, module in unet.named_modules():
+            if isinstance(module, kind):
+
+                def measure(_module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                    states = args[0] if args else kwargs["hidden_states"]
+                    self.found[name] = tuple(states.shape[2:])
+
+                module.register_forward_pre_hook(measure, with_kwargs=True)
+
+    def mask(self, layer: str, config: LiteFocusConfig, freq_bins: int, freq_axis: str = "width") -> Tensor | None:
+        """`allowed` on the grid of a layer; None where the config leaves it dense. `freq_bins`: at the input."""
+        grid = self.found[layer.split(".transformer_blocks")[0]]
+        frames, bins = grid if freq_axis == "width" else grid[::-1]
+        if bins < config.min_freq_bins:
+            return None
+        if config.time_window is not None:  # halved with the grid
+            config = replace(config, time_window=math.ceil(config.time_window * bins / freq_bins))
+        return allowed(focus_set(frames, bins, config, layer=layer, freq_axis=freq_axis))
+
+
+class MaskedDense:
+    """The oracle's processor: dense attention, masked to the focus set of the layer's grid."""
+
+    def __init__(self, name: str, grids: Grids, *arguments: Any) -> None:
+        self.name, self.grids, self.arguments = name, grids, arguments
+
+    def __call__(
+        self, attn: Attention, x: Tensor, encoder_hidden_states=None, attention_mask=None, temb=None
+    ) -> Tensor:
+        if encoder_hidden_states is None and attention_mask is None:
+            mask = self.grids.mask(self.name, *self.arguments)
+            if mask is not None:
+                additive = torch.zeros(mask.shape, dtype=x.dtype).masked_fill(~mask, -torch.inf)
+                return AttnProcessor2_0()(attn, x, attention_mask=additive.expand(len(x), -1, -1))
+        return AttnProcessor2_0()(attn, x, encoder_hidden_states, attention_mask, temb)
+
+
+def install_oracle(unet: nn.Module, config: LiteFocusConfig, freq_bins: int = 16, freq_axis: str = "width") -> None:
+    """Make every attention layer of a diffusers UNet a masked one."""
+    grids = Grids(unet)
+    for name, module in unet.named_modules():
+        if isinstance(module, Attention):
+            module.set_processor(MaskedDense(name, grids, config, freq_bins, freq_axis))

@@ -8,22 +8,20 @@ import re
 import types
 import weakref
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableAudioDiTModel, UNet2DConditionModel
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0, SlicedAttnProcessor
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from oracle import allowed
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, SlicedAttnProcessor
+from oracle import install_oracle
 from pipelines import BUILDERS, audioldm2_unet, audioldm_unet, build, generate
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import litefocus
-from litefocus import LiteFocusAttnProcessor, LiteFocusConfig, focus_set
+from litefocus import LiteFocusAttnProcessor, LiteFocusConfig
 
 ALL = LiteFocusConfig(min_freq_bins=2)
 
@@ -43,42 +41,6 @@ def processors(unet: nn.Module) -> dict[str, Any]:
 
 def same(before: dict[str, Any], after: dict[str, Any]) -> bool:
     return before.keys() == after.keys() and all(before[name] is after[name] for name in before)
-
-
-class MaskedDense:
-    """The oracle's processor: dense attention, masked to the focus set of the grid as it is measured at run time."""
-
-    def __init__(self, name: str, grid: dict[str, tuple[int, int]], config: LiteFocusConfig) -> None:
-        self.name, self.grid, self.config = name, grid, config
-
-    def __call__(
-        self, attn: Attention, x: Tensor, encoder_hidden_states=None, attention_mask=None, temb=None
-    ) -> Tensor:
-        if encoder_hidden_states is None and attention_mask is None:
-            frames, bins = self.grid[self.name.split(".transformer_blocks")[0]]
-            if bins >= self.config.min_freq_bins:
-                config = self.config
-                if config.time_window is not None:  # halved with the grid, 16 bins at the UNet's input
-                    config = replace(config, time_window=math.ceil(config.time_window * bins / 16))
-                focus = focus_set(frames, bins, config, layer=self.name)
-                mask = torch.zeros(focus.tokens, focus.tokens).masked_fill(~allowed(focus), -torch.inf)
-                attention_mask = mask.expand(len(x), -1, -1)
-                return AttnProcessor2_0()(attn, x, attention_mask=attention_mask)
-        return AttnProcessor2_0()(attn, x, encoder_hidden_states, attention_mask, temb)
-
-
-def install_oracle(unet: nn.Module, config: LiteFocusConfig) -> None:
-    grid: dict[str, tuple[int, int]] = {}
-    for name, module in unet.named_modules():
-        if isinstance(module, Transformer2DModel):
-
-            def measure(_module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                states = args[0] if args else kwargs["hidden_states"]
-                grid[name] = tuple(states.shape[2:])
-
-            module.register_forward_pre_hook(measure, with_kwargs=True)
-    for name, attn in attentions(unet).items():
-        attn.set_processor(MaskedDense(name, grid, config))
 
 
 @pytest.mark.parametrize("seconds", [1.0, 1.32, 2.6])  # 25, 33 and 65 latent frames: odd at several levels
@@ -472,32 +434,13 @@ def test_status_refuses_silly_lengths(seconds, error) -> None:
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
-def transformer_pipeline() -> Any:
-    transformer = StableAudioDiTModel(
-        sample_size=4,
-        in_channels=4,
-        num_layers=1,
-        attention_head_dim=4,
-        num_attention_heads=2,
-        num_key_value_attention_heads=1,
-        out_channels=4,
-        cross_attention_dim=4,
-        time_proj_dim=4,
-        global_states_input_dim=4,
-        cross_attention_input_dim=4,
-    )
-    return types.SimpleNamespace(transformer=transformer)
-
-
 def bad_targets() -> Iterator[tuple[Any, str]]:
-    yield None, "got None; litefocus accepts an AudioLDM, AudioLDM 2 or MusicLDM pipeline, or its UNet"
+    yield None, "got None; litefocus accepts an AudioLDM, AudioLDM 2, MusicLDM, Tango"
     yield "pipe", "got an object of type str; litefocus accepts"
     yield object(), "got an object of type object; litefocus accepts"
     yield nn.Linear(2, 2), "got an object of type Linear; litefocus accepts"
     yield AutoencoderKL(), "got an object of type AutoencoderKL; litefocus accepts"
-    yield transformer_pipeline().transformer, "got an object of type StableAudioDiTModel"
     yield types.SimpleNamespace(unet=nn.Linear(2, 2)), r"whose unet \(Linear\) is no 2-D UNet"
-    yield transformer_pipeline(), "has a transformer and no 2-D UNet, so its latent has no frequency axis to focus on"
 
 
 @pytest.mark.parametrize("call", [litefocus.patch, litefocus.unpatch, litefocus.status])

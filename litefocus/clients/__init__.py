@@ -1,0 +1,1 @@
+"""What is particular to models whose UNet or pipeline is not shaped as diffusers shapes it."""

@@ -1,0 +1,108 @@
+"""UNets of the original AudioLDM, AudioLDM 2 and AudioSR code: CompVis' block layout, attention without processors.
+
+Layout: `UNetModel` in audioldm/latent_diffusion/openaimodel.py (audioldm 0.1.1) and
+audioldm2/latent_diffusion/modules/diffusionmodules/openaimodel.py (audioldm2 0.1.0), `CrossAttention` in attention.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def is_unet(module: Any) -> bool:
+    """Whether `module` is a CompVis-style 2-D UNet."""
+    parts: list[Any] = [getattr(module, name, None) for name in ("input_blocks", "middle_block", "output_blocks")]
+    return all(isinstance(part, nn.Module) for part in parts) and any(
+        isinstance(layer, nn.Conv2d) for layer in parts[0][0].modules()
+    )
+
+
+def blocks(unet: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """(name, block, level) of a UNet; the grid at level l is halved l times, rounded up."""
+    level = 0
+    for i, block in enumerate(unet.input_blocks):  # type: ignore[arg-type]
+        for j, layer in enumerate(block):
+            level += _holds(layer, "Downsample")
+            yield f"input_blocks.{i}.{j}", layer, level
+    yield "middle_block", unet.middle_block, level  # type: ignore[misc]
+    for i, block in enumerate(unet.output_blocks):  # type: ignore[arg-type]
+        for j, layer in enumerate(block):
+            level -= _holds(layer, "Upsample")
+            yield f"output_blocks.{i}.{j}", layer, level
+
+
+def _holds(layer: nn.Module, name: str) -> bool:
+    """Whether one of the modules of `layer` is of a class called `name`: the two packages share no classes."""
+    return any(type(module).__name__ == name for module in layer.modules())
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether `module` is a CompVis-style attention layer, which is called as layer(x, context, mask)."""
+    return (
+        all(hasattr(module, name) for name in ("to_q", "to_k", "to_v", "to_out", "scale"))
+        and (hasattr(module, "heads") or hasattr(module, "n_heads"))
+        and not hasattr(module, "set_processor")
+    )
+
+
+class OriginalAttention:
+    """What a layer did before it was patched, behind diffusers' processor protocol.
+
+    forward: the `forward` that was set on the layer itself, None for that of its class.
+
+    Self-attention that is left dense goes through fused attention too, since the layers' own materialises all scores;
+    the result is the same but for rounding. Every other call is the layer's own.
+    """
+
+    def __init__(self, forward: Callable[..., Tensor] | None) -> None:
+        self.forward = forward
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        output: Tensor
+        if encoder_hidden_states is None and attention_mask is None:
+            heads = attn.heads if hasattr(attn, "heads") else attn.n_heads
+            projections = (attn.to_q, attn.to_k, attn.to_v)
+            query, key, value = (f(hidden_states).unflatten(-1, (heads, -1)).transpose(1, 2) for f in projections)
+            output = attn.to_out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        elif self.forward is not None:
+            output = self.forward(hidden_states, encoder_hidden_states, attention_mask)
+        else:
+            output = type(attn).forward(attn, hidden_states, encoder_hidden_states, attention_mask)
+        return output
+
+
+class ProcessorForward:
+    """A layer's `forward` that goes through a processor. It is set on the layer itself, over that of its class."""
+
+    def __init__(self, attn: nn.Module, processor: Any) -> None:
+        self.attn, self.processor = attn, processor
+
+    def __call__(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        output: Tensor = self.processor(self.attn, x, encoder_hidden_states=context, attention_mask=mask)
+        return output
+
+
+def get_processor(attn: nn.Module) -> Any:
+    """The processor that the layer goes through, or its own attention as one."""
+    forward = attn.__dict__.get("forward")
+    return forward.processor if isinstance(forward, ProcessorForward) else OriginalAttention(forward)
+
+
+def set_processor(attn: nn.Module, processor: Any) -> None:
+    """Make the layer go through `processor`; an `OriginalAttention` restores what it stands for."""
+    if not isinstance(processor, OriginalAttention):
+        attn.forward = ProcessorForward(attn, processor)
+    elif processor.forward is not None:
+        attn.forward = processor.forward
+    else:
+        attn.__dict__.pop("forward", None)

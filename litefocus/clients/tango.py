@@ -1,0 +1,64 @@
+"""Tango, Tango 2 and Mustango (declare-lab/tango, declare-lab/mustango): clips of another length than 10.24 seconds.
+
+`AudioDiffusion.prepare_latents` in their models.py draws latents of (256, 16) whatever is asked for; its callers, the
+UNet, the VAE and the vocoder take any length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litefocus.unet import Geometry, geometry_of
+
+
+class PrepareLatents:
+    """Stands for `prepare_latents` on one model: the same draw, of `num_frames` frames."""
+
+    def __init__(self, num_frames: int, freq_bins: int) -> None:
+        self.num_frames, self.freq_bins = num_frames, freq_bins
+
+    def __call__(
+        self,
+        batch_size: int,
+        inference_scheduler: Any,
+        num_channels_latents: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> Tensor:
+        """(batch_size, num_channels_latents, num_frames, freq_bins), from torch's global random state as upstream."""
+        shape = (batch_size, num_channels_latents, self.num_frames, self.freq_bins)
+        sigma: float = inference_scheduler.init_noise_sigma
+        return torch.randn(shape, dtype=dtype, device=device) * sigma
+
+
+def set_duration(tango: Any, seconds: float | None) -> None:
+    """Make `tango.generate(prompt)` produce clips of `seconds` seconds, on this object only.
+
+    tango: a Tango, Tango 2 or Mustango object. Its own code has no argument for the length.
+    seconds: rounded up to whole latent frames, of which a second has 25. None restores the 10.24 seconds of the
+        original code, as `unpatch` does.
+
+    Independent of `patch`; but it is the long clips that get faster by it.
+    Raises TypeError for any other object and for what is no number, ValueError for a length that is not above 0.
+    """
+    model: Any = getattr(tango, "model", None)
+    if not callable(getattr(model, "prepare_latents", None)):
+        raise TypeError(
+            f"got an object of type {type(tango).__name__}; set_duration takes a Tango, Tango 2 or Mustango object "
+            "(one with model.prepare_latents). The pipelines of diffusers take audio_length_in_s=... at every call"
+        )
+    if seconds is None:
+        restore_duration(tango)
+        return
+    geometry = geometry_of(tango) or Geometry(freq_bins=16, mel_frame=0.01, scale=4)  # of every published checkpoint
+    model.prepare_latents = PrepareLatents(geometry.num_frames(seconds), geometry.freq_bins)
+
+
+def restore_duration(tango: Any) -> None:
+    """Undo `set_duration`. Harmless for every object."""
+    attributes = getattr(getattr(tango, "model", None), "__dict__", {})
+    if isinstance(attributes.get("prepare_latents"), PrepareLatents):
+        del attributes["prepare_latents"]

@@ -1,0 +1,599 @@
+"""Models that are no AudioLDM, AudioLDM 2 or MusicLDM pipeline of diffusers: the authors' own code (the real classes of
+the packages audioldm and audioldm2), objects of the shape of Tango's, Mustango's and ConsistencyTTA's, frequency-major
+pipelines, and what must be refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import io
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
+from oracle import Grids, install_oracle, masked_attention
+from pipelines import JOINT, _shared_parts, _t5_tokenizer, build
+from torch import Tensor, nn
+from transformers import GPT2Model, T5Config, T5EncoderModel
+
+import litefocus
+from litefocus import LiteFocusConfig
+from litefocus.unet import geometry_of
+
+ALL = LiteFocusConfig(min_freq_bins=2)
+
+
+@pytest.fixture(autouse=True)
+def small_grids_focus_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("litefocus.processor.MIN_KEYS_SAVED", 1)
+
+
+# --- the original AudioLDM, AudioLDM 2 and AudioSR code --------------------------------------------------------------
+
+
+def authors(package: str, module: str) -> Any:
+    """A module of the authors' packages, without the package's own __init__, which loads their whole pipelines."""
+    if package not in sys.modules:
+        spec = importlib.util.find_spec(package)
+        assert spec is not None, f"pip install --no-deps {package}, as the README's test command does"
+        sys.modules[package] = types.ModuleType(package)
+        sys.modules[package].__path__ = list(spec.submodule_search_locations or ())
+    return importlib.import_module(f"{package}.{module}")
+
+
+def original_unet(variant: str) -> nn.Module:
+    """The authors' UNet with the settings of their configurations, at a quarter of the width. Random weights: their
+    output layers start at zero, which would hide everything.
+    """
+    package, module = ("audioldm", "latent_diffusion.openaimodel")
+    if variant != "audioldm":
+        package, module = "audioldm2", "latent_diffusion.modules.diffusionmodules.openaimodel"
+    settings = {
+        "image_size": 64,
+        "in_channels": 8,
+        "out_channels": 8,
+        "model_channels": 32,
+        "attention_resolutions": [8, 4, 2],
+        "num_res_blocks": 2,
+        "channel_mult": [1, 2, 3, 5],
+        "num_head_channels": 32,
+        "use_spatial_transformer": True,
+        **VARIANTS[variant][0],
+    }
+    torch.manual_seed(0)
+    unet = authors(package, module).UNetModel(**settings).eval()
+    for parameter in unet.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    return unet
+
+
+VARIANTS: dict[str, tuple[dict[str, Any], int, int, int]] = {  # settings, bins at the input, self-attention, all
+    "audioldm": ({"extra_film_condition_dim": 24, "extra_film_use_concat": True}, 16, 32, 32),
+    "audioldm2 full": ({"context_dim": [28, 20]}, 16, 64, 96),
+    "audioldm2 large": ({"context_dim": [28, 20, None], "transformer_depth": 2}, 16, 192, 256),
+    "audioldm2 speech": ({"context_dim": [28]}, 16, 48, 64),
+    "audioldm2 T5": ({"context_dim": [20]}, 16, 48, 64),
+    "audioldm2 48k": (
+        {"in_channels": 16, "out_channels": 16, "extra_film_condition_dim": 24, "context_dim": [None]},
+        32,
+        64,
+        64,
+    ),
+}
+
+
+def run_original(unet: Any, frames: int = 24, bins: int = 16) -> Tensor:
+    generator = torch.Generator().manual_seed(frames)
+    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    conditions: dict[str, Any] = {}
+    if unet.extra_film_condition_dim:
+        conditions["y"] = draw(2, unet.extra_film_condition_dim)
+    if "audioldm2" in type(unet).__module__:
+        widths = [layer.to_k.in_features for name, layer in cross_attention(unet).items() if "input_blocks.4." in name]
+        widths = list(dict.fromkeys(width for width in widths if width != 64))
+        conditions["context_list"] = [draw(2, 5, width) for width in widths]
+        conditions["context_attn_mask_list"] = [torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])] * len(widths)
+    with torch.no_grad():
+        return unet(draw(2, unet.in_channels, frames, bins), timesteps=torch.tensor([7, 7]), **conditions)
+
+
+def cross_attention(unet: nn.Module) -> dict[str, Any]:
+    return {name: layer for name, layer in unet.named_modules() if type(layer).__name__ == "CrossAttention"}
+
+
+def install_original_oracle(unet: nn.Module, config: LiteFocusConfig, freq_bins: int) -> None:
+    transformer = next(type(module) for module in unet.modules() if type(module).__name__ == "SpatialTransformer")
+    grids = Grids(unet, transformer)
+    for name, layer in cross_attention(unet).items():
+
+        def forward(x: Tensor, context: Any = None, mask: Any = None, name: str = name, layer: Any = layer) -> Tensor:
+            allowed = grids.mask(name, config, freq_bins) if context is None else None
+            if allowed is None:
+                return type(layer).forward(layer, x, context, mask)
+            head_dim = round(layer.scale**-2)
+            q, k, v = (f(x).unflatten(2, (-1, head_dim)).transpose(1, 2) for f in (layer.to_q, layer.to_k, layer.to_v))
+            return layer.to_out(masked_attention(q, k, v, allowed).to(x.dtype).transpose(1, 2).flatten(2))
+
+        layer.forward = forward
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_original_code_is_that_of_masked_dense_attention(variant: str) -> None:
+    _, bins, self_attention, everything = VARIANTS[variant]
+    unet = original_unet(variant)
+    dense = run_original(unet, bins=bins)
+    oracle = copy.deepcopy(unet)
+    install_original_oracle(oracle, ALL, bins)
+    expected = run_original(oracle, bins=bins)
+    litefocus.patch(unet, ALL, freq_bins=bins)
+    torch.testing.assert_close(run_original(unet, bins=bins), expected, atol=1e-4, rtol=1e-3)
+    assert (expected - dense).abs().max() > 1e-3
+    status = litefocus.status(unet)
+    assert (len(status.layers), len(cross_attention(unet))) == (self_attention, everything)
+    assert {layer.freq_bins for layer in status.layers} == {bins // 2, bins // 4, bins // 8}
+    assert {layer.state for layer in status.layers} == {"focus"}
+
+
+@pytest.mark.parametrize("variant", ["audioldm", "audioldm2 full"])
+def test_original_code_is_restored_and_its_dense_layers_are_the_same(variant: str) -> None:
+    unet = original_unet(variant)
+    before = run_original(unet)
+    with litefocus.patch(unet, freq_bins=16, sparse_ratio=1.0) as handle:  # every self-attention call left dense
+        torch.testing.assert_close(run_original(unet), before, atol=1e-5, rtol=1e-4)
+        assert "input_blocks.4.1.transformer_blocks.0.attn1" in repr(handle)
+        with litefocus.patch(unet, freq_bins=16, sparse_ratio=0.2):
+            assert not torch.allclose(run_original(unet), before, atol=1e-4)
+        torch.testing.assert_close(run_original(unet), before, atol=1e-5, rtol=1e-4)
+    assert torch.equal(run_original(unet), before)
+    litefocus.patch(unet, freq_bins=16)
+    litefocus.unpatch(unet)
+    assert torch.equal(run_original(unet), before)
+    assert not any("forward" in layer.__dict__ for layer in cross_attention(unet).values())
+
+
+def test_original_code_keeps_a_forward_that_was_set_on_a_layer() -> None:
+    unet = original_unet("audioldm2 full")
+    layer = unet.input_blocks[4][1].transformer_blocks[0].attn1
+    mine = layer.forward = lambda x, context=None, mask=None: torch.zeros_like(x)
+    litefocus.patch(unet, freq_bins=16)
+    assert layer.forward is not mine
+    litefocus.unpatch(unet)
+    assert layer.forward is mine
+
+
+def test_what_overwrote_an_original_layer_is_shown() -> None:
+    unet = original_unet("audioldm")
+    litefocus.patch(unet, freq_bins=16)
+    unet.input_blocks[4][1].transformer_blocks[0].attn1.forward = lambda x, context=None, mask=None: x
+    assert "overwritten by" in litefocus.status(unet).layers[0].state
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [
+        copy.deepcopy,
+        lambda unet: torch.load(io.BytesIO(saved(unet)), weights_only=False),
+    ],
+    ids=["deepcopy", "pickle"],
+)
+def test_copies_of_original_code_are_independent(duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    unet = original_unet("audioldm2 full")
+    dense = run_original(unet)
+    litefocus.patch(unet, freq_bins=16)
+    patched = run_original(unet)
+    other = duplicate(unet)
+    assert torch.equal(run_original(other), patched)
+    with torch.no_grad():
+        unet.input_blocks[4][1].transformer_blocks[0].attn1.to_q.weight.zero_()
+    assert torch.equal(run_original(other), patched)
+    litefocus.unpatch(other)
+    assert torch.equal(run_original(other), dense)
+    assert litefocus.status(unet).config == LiteFocusConfig()
+
+
+def saved(module: nn.Module) -> bytes:
+    file = io.BytesIO()
+    torch.save(module, file)
+    return file.getvalue()
+
+
+def test_latent_diffusion_of_the_original_code_tells_its_bins() -> None:
+    unet = original_unet("audioldm2 48k")
+    latent_diffusion = types.SimpleNamespace(model=types.SimpleNamespace(diffusion_model=unet), latent_f_size=32)
+    litefocus.patch(latent_diffusion)
+    assert litefocus.status(latent_diffusion).layers[0].freq_bins == 16
+    with pytest.raises(ValueError, match="does not say how many latent frames a second has"):
+        litefocus.status(latent_diffusion, seconds=10)
+    litefocus.unpatch(latent_diffusion)
+    with pytest.raises(ValueError, match="freq_bins=16 contradicts the pipeline, whose latent has 32"):
+        litefocus.patch(latent_diffusion, freq_bins=16)
+    with pytest.raises(ValueError, match="freq_bins cannot be read from UNetModel"):
+        litefocus.patch(unet)
+
+
+# --- Tango, Mustango, ConsistencyTTA ---------------------------------------------------------------------------------
+
+
+def tango_unet(**overrides: Any) -> UNet2DConditionModel:
+    """diffusion_model_config.json of declare-lab/tango at a fortieth of the width."""
+    settings: dict[str, Any] = {
+        "in_channels": 8,
+        "out_channels": 8,
+        "block_out_channels": (8, 16, 32, 32),
+        "layers_per_block": 2,
+        "norm_num_groups": 4,
+        "attention_head_dim": (1, 2, 4, 4),
+        "cross_attention_dim": JOINT,
+        "use_linear_projection": True,
+        "upcast_attention": True,
+        "sample_size": [32, 2],
+    }
+    return UNet2DConditionModel(**{**settings, **overrides}).eval()
+
+
+class TangoVAE(nn.Module):
+    """What Tango calls of AudioLDM's VAE, around the VAE and the vocoder of diffusers and transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = _shared_parts()
+        self.inner, self.vocoder = parts["vae"], parts["vocoder"]
+        self.encoder = self.inner.encoder
+        self.encoder.num_resolutions = len(self.inner.config.block_out_channels)
+        config = self.vocoder.config
+        self.vocoder.h = types.SimpleNamespace(
+            num_mels=config.model_in_dim, upsample_rates=config.upsample_rates, sampling_rate=config.sampling_rate
+        )
+
+    def decode_first_stage(self, z: Tensor) -> Tensor:
+        return self.inner.decode(z).sample
+
+    def decode_to_waveform(self, mel: Tensor) -> np.ndarray:
+        return self.vocoder(mel.squeeze(1)).numpy()
+
+
+class AudioDiffusion(nn.Module):
+    """Tango's model: attribute and argument names of declare-lab/tango, models.py."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+        self.tokenizer = _t5_tokenizer()
+        config = T5Config(vocab_size=64, d_model=JOINT, d_ff=16, d_kv=8, num_heads=1, num_layers=1)
+        self.text_encoder = T5EncoderModel(config).eval()
+
+    def prepare_latents(self, batch_size, inference_scheduler, num_channels_latents, dtype, device) -> Tensor:
+        shape = (batch_size, num_channels_latents, 256, 16)
+        return torch.randn(shape, dtype=dtype, device=device) * inference_scheduler.init_noise_sigma
+
+    def inference(self, prompt, inference_scheduler, num_steps, guidance_scale) -> Tensor:
+        batch = self.tokenizer(["", *prompt], padding="max_length", max_length=8, truncation=True, return_tensors="pt")
+        embeds = self.text_encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
+        inference_scheduler.set_timesteps(num_steps)
+        latents = self.prepare_latents(
+            len(prompt), inference_scheduler, self.unet.config.in_channels, embeds.dtype, embeds.device
+        )
+        for t in inference_scheduler.timesteps:
+            noise = self.unet(
+                torch.cat([latents] * 2),
+                t,
+                encoder_hidden_states=embeds,
+                encoder_attention_mask=batch.attention_mask == 1,
+            ).sample
+            unconditional, conditional = noise.chunk(2)
+            noise = unconditional + guidance_scale * (conditional - unconditional)
+            latents = inference_scheduler.step(noise, t, latents).prev_sample
+        return latents
+
+
+class Tango:
+    """A plain object, as `tango.Tango` is."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.vae, self.model, self.scheduler = TangoVAE(), AudioDiffusion(unet), DDPMScheduler()
+
+    @torch.no_grad()
+    def generate(self, prompt: str, steps: int = 1, guidance: float = 3) -> np.ndarray:
+        mel = self.vae.decode_first_stage(self.model.inference([prompt], self.scheduler, steps, guidance))
+        return self.vae.decode_to_waveform(mel)[0]
+
+
+@pytest.fixture
+def tango() -> Tango:
+    torch.manual_seed(0)
+    return Tango(tango_unet())
+
+
+def clip(tango: Tango, **settings: Any) -> np.ndarray:
+    torch.manual_seed(1)  # Tango draws from the global generator
+    return tango.generate("a hammer", **settings)
+
+
+@pytest.mark.parametrize("seconds", [1.32, 2.6])  # 33 and 65 latent frames: odd at several levels
+def test_tango_is_that_of_masked_dense_attention(tango: Tango, seconds: float) -> None:
+    litefocus.set_duration(tango, seconds)
+    dense = clip(tango)
+    oracle = copy.deepcopy(tango)
+    install_oracle(oracle.model.unet, ALL)
+    expected = clip(oracle)
+    handle = litefocus.patch(tango, ALL)
+    got = clip(tango)
+    np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-3)
+    assert np.abs(expected - dense).max() > 1e-3
+    status = litefocus.status(tango)
+    assert [layer.freq_bins for layer in status.layers] == [16, 16, 8, 8, 4, 4, 2, 4, 4, 4, 8, 8, 8, 16, 16, 16]
+    assert repr(handle) == repr(status)
+
+
+@pytest.mark.parametrize(("seconds", "frames"), [(10.24, 256), (80, 2000), (9.95, 249)])
+def test_tango_generates_the_length_that_was_set(tango: Tango, seconds: float, frames: int) -> None:
+    usual = clip(tango)
+    assert len(usual) == 256 * 640
+    litefocus.patch(tango)
+    litefocus.set_duration(tango, seconds)
+    assert litefocus.status(tango, seconds=seconds).layers[0].frames == frames
+    long = clip(tango)
+    assert len(long) == frames * 640
+    assert np.isfinite(long).all()
+    litefocus.unpatch(tango)
+    assert np.array_equal(clip(tango), usual)
+    assert "prepare_latents" not in tango.model.__dict__
+
+
+def test_a_set_duration_is_of_one_object_and_can_be_taken_back(tango: Tango) -> None:
+    usual, other = clip(tango), copy.deepcopy(tango)
+    litefocus.set_duration(tango, 10.24)
+    assert np.array_equal(clip(tango), usual)  # the same draw as the original code's
+    litefocus.set_duration(tango, 1)
+    twin = copy.deepcopy(tango)
+    assert len(clip(tango)) == len(clip(twin)) == 16000
+    assert len(clip(other)) == len(usual)
+    for _ in range(2):
+        litefocus.set_duration(tango, None)
+        assert np.array_equal(clip(tango), usual)
+    assert len(clip(twin)) == 16000
+
+
+@pytest.mark.parametrize(
+    ("seconds", "error"),
+    [(0, ValueError), (-1, ValueError), (float("nan"), ValueError), (0.001, ValueError), ("8", TypeError)],
+)
+def test_a_bad_duration_changes_nothing(tango: Tango, seconds: Any, error: type[Exception]) -> None:
+    litefocus.set_duration(tango, 1)
+    with pytest.raises(error, match="seconds must be"):
+        litefocus.set_duration(tango, seconds)
+    assert len(clip(tango)) == 16000
+
+
+def test_a_duration_needs_tango() -> None:
+    with pytest.raises(TypeError, match=r"got an object of type AudioLDMPipeline; .* take audio_length_in_s"):
+        litefocus.set_duration(build("AudioLDM"), 10)
+
+
+def test_bins_are_read_from_the_real_vae_of_audioldm() -> None:
+    settings = {
+        "double_z": True,
+        "z_channels": 8,
+        "resolution": 256,
+        "in_channels": 1,
+        "out_ch": 1,
+        "ch": 32,
+        "ch_mult": [1, 2, 4],
+        "num_res_blocks": 1,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+    with torch.device("meta"):
+        vae = authors("audioldm", "variational_autoencoder.autoencoder").AutoencoderKL(ddconfig=settings, embed_dim=8)
+    geometry = geometry_of(types.SimpleNamespace(vae=vae))
+    assert geometry is not None
+    assert (geometry.freq_bins, geometry.num_frames(80)) == (16, 2000)
+
+
+class OldProcessor:
+    """Attention as diffusers 0.15 wrote it: three arguments, and nothing that later versions brought."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states=None, attention_mask=None) -> Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = (
+            f(x).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+            for f, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        )
+        scores = q @ k.transpose(2, 3) * attn.scale
+        if attention_mask is not None:
+            scores = scores + attention_mask[:, None]
+        return attn.to_out[1](attn.to_out[0]((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)))
+
+
+NEWER = ("residual_connection", "rescale_output_factor", "spatial_norm", "norm_q", "norm_k")
+
+
+def make_old(unet: nn.Module) -> None:
+    for module in unet.modules():
+        if isinstance(module, Attention):
+            for name in NEWER:
+                if hasattr(module, name):
+                    delattr(module, name)
+            module.set_processor(OldProcessor())
+
+
+class MusicBlock(CrossAttnDownBlock2D):
+    """Three transformers after every resnet, for text, beats and chords, under Mustango's names."""
+
+    def forward(self, hidden_states, temb=None, encoder_hidden_states=None, attention_mask=None, **others):
+        outputs: tuple[Tensor, ...] = ()
+        layers = zip(self.resnets, self.attentions, self.attentions2, self.attentions3, strict=True)
+        for resnet, *transformers in layers:
+            hidden_states = resnet(hidden_states, temb)
+            for transformer in transformers:
+                hidden_states = transformer(hidden_states, encoder_hidden_states).sample
+            outputs += (hidden_states,)
+        for downsampler in self.downsamplers:
+            hidden_states = downsampler(hidden_states)
+        return hidden_states, (*outputs, hidden_states)
+
+
+@pytest.mark.parametrize("music", [False, True], ids=["Tango's blocks", "Mustango's blocks"])
+def test_layers_of_old_diffusers(music: bool) -> None:
+    torch.manual_seed(0)
+    unet = tango_unet(attention_head_dim=2)
+    layers = 16
+    if music:
+        for block in unet.down_blocks[:3]:
+            block.__class__ = MusicBlock
+            block.attentions2, block.attentions3 = copy.deepcopy(block.attentions), copy.deepcopy(block.attentions)
+        layers += 12
+    oracle = copy.deepcopy(unet)
+    install_oracle(oracle, ALL)
+    make_old(unet)
+    x, text = torch.randn(2, 8, 33, 16), torch.randn(2, 5, JOINT)
+    mustango = types.SimpleNamespace(model=types.SimpleNamespace(unet=unet), vae=TangoVAE())
+    litefocus.patch(mustango, ALL)
+    assert len(litefocus.status(mustango).layers) == layers
+    with torch.no_grad():
+        got, expected = unet(x, 7, text).sample, oracle(x, 7, text).sample
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-3)
+    litefocus.unpatch(mustango)
+    assert all(isinstance(m.processor, OldProcessor) for m in unet.modules() if isinstance(m, Attention))
+
+
+@pytest.mark.parametrize("name", ["unet", "student_unet"])
+def test_consistency_tta(name: str) -> None:
+    model = types.SimpleNamespace(**{name: tango_unet()}, vae=TangoVAE())
+    litefocus.patch(model)
+    assert [layer.state for layer in litefocus.status(getattr(model, name)).layers].count("focus") == 10
+    assert litefocus.status(model, seconds=10).layers[0].frames == 250
+
+
+# --- frequency-major: the latent is an image, frequency along its height ----------------------------------------------
+
+
+def image_pipeline() -> StableDiffusionPipeline:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 16, 32, 32),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=12,
+    ).eval()
+    pipe = StableDiffusionPipeline(
+        vae=diffusers.AutoencoderKL(block_out_channels=(4, 4, 4, 4), norm_num_groups=2, **VAE_BLOCKS).eval(),
+        text_encoder=None,
+        tokenizer=None,
+        unet=unet,
+        scheduler=diffusers.DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+VAE_BLOCKS: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "latent_channels": 4,
+}
+
+
+def latent(pipe: StableDiffusionPipeline, height: int, width: int) -> Tensor:
+    embeds = torch.linspace(-1, 1, 36).view(1, 3, 12)
+    return pipe(
+        prompt_embeds=embeds,
+        negative_prompt_embeds=-embeds,
+        height=8 * height,
+        width=8 * width,
+        num_inference_steps=1,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).images
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "bins"),
+    [(64, 64, {64, 32, 16, 8}), (32, 128, {32, 16, 8, 4})],
+    ids=["Riffusion", "Auffusion"],
+)
+def test_frequency_major(height: int, width: int, bins: set[int]) -> None:
+    pipe = image_pipeline()
+    dense = latent(pipe, height, width)
+    oracle = copy.deepcopy(pipe)
+    install_oracle(oracle.unet, ALL, freq_bins=height, freq_axis="height")
+    expected = latent(oracle, height, width)
+    litefocus.patch(pipe, ALL, freq_bins=height, freq_axis="height")
+    torch.testing.assert_close(latent(pipe, height, width), expected, atol=1e-4, rtol=1e-3)
+    assert (expected - dense).abs().max() > 1e-3
+    assert {layer.freq_bins for layer in litefocus.status(pipe).layers} == bins
+    litefocus.unpatch(pipe)
+    assert torch.equal(latent(pipe, height, width), dense)
+
+
+class TracedUNet(nn.Module):
+    """As Riffusion wraps a traced UNet that it downloads: the traced module itself is out of reach."""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_traced_unet_is_refused() -> None:
+    for unet in (TracedUNet(), torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2))):
+        with pytest.raises(TypeError, match=r"is traced .* load the model without tracing .* use_traced_unet=False"):
+            litefocus.patch(types.SimpleNamespace(unet=unet), freq_bins=64, freq_axis="height")
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+NOT_2D = {
+    "unet": [
+        "UNet1DModel",
+        "UNet3DConditionModel",
+        "UNetSpatioTemporalConditionModel",
+        "UNetMotionModel",
+        "I2VGenXLUNet",
+    ],
+    "transformer": [
+        "StableAudioDiTModel",
+        "AceStepTransformer1DModel",
+        "FluxTransformer2DModel",
+        "DiTTransformer2DModel",
+    ],
+    "vae": ["AutoencoderKL", "AutoencoderOobleck", "AutoencoderKLLTX2Audio"],
+}
+
+
+@pytest.mark.parametrize(("where", "name"), [(where, name) for where, names in NOT_2D.items() for name in names])
+def test_refuses_the_real_classes_that_have_no_frequency_axis(where: str, name: str) -> None:
+    with torch.device("meta"):
+        model = getattr(diffusers, name)()
+    pipe = types.SimpleNamespace(**{where: model})
+    for target in (model, pipe):
+        with pytest.raises(TypeError, match=r"litefocus accepts an AudioLDM") as error:
+            litefocus.patch(target, freq_bins=16)
+        assert "\n" not in str(error.value)
+    assert {"unet": "is no 2-D UNet", "transformer": "has a transformer and no 2-D UNet", "vae": "got an object"}[
+        where
+    ] in str(error.value)
+
+
+# --- known to fail without litefocus too -----------------------------------------------------------------------------
+
+
+def test_a_pipeline_that_is_known_to_fail_says_how_to_mend_it() -> None:
+    pipe = build("AudioLDM 2")
+    pipe.language_model = GPT2Model(pipe.language_model.config)
+    if hasattr(pipe.language_model, "_update_model_kwargs_for_generation"):
+        pytest.fail("this transformers mends it: drop the warning, and the line in the README")
+    with pytest.warns(UserWarning, match="language_model=GPT2LMHeadModel.from_pretrained") as caught:
+        litefocus.patch(pipe)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
