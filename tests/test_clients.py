@@ -52,8 +52,8 @@ def authors(package: str, module: str) -> Any:
 
 
 def original_unet(variant: str) -> nn.Module:
-    """The authors' UNet with the settings of their configurations, at a quarter of the width. Random weights: their
-    output layers start at zero, which would hide everything.
+    """The authors' UNet with the settings of their configurations, at a quarter of the width. Their output
+    layers start at zero, which would hide everything.
     """
     package, module = ("audioldm", "latent_diffusion.openaimodel")
     if variant != "audioldm":
@@ -73,7 +73,8 @@ def original_unet(variant: str) -> nn.Module:
     torch.manual_seed(0)
     unet = authors(package, module).UNetModel(**settings).eval()
     for parameter in unet.parameters():
-        nn.init.normal_(parameter, std=0.05)
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
     return unet
 
 
@@ -314,6 +315,9 @@ def tango() -> Tango:
     return Tango(tango_unet())
 
 
+TAIL = 32  # samples that the vocoder adds, whatever the length
+
+
 def clip(tango: Tango, **settings: Any) -> np.ndarray:
     torch.manual_seed(1)  # Tango draws from the global generator
     return tango.generate("a hammer", **settings)
@@ -338,12 +342,12 @@ def test_tango_is_that_of_masked_dense_attention(tango: Tango, seconds: float) -
 @pytest.mark.parametrize(("seconds", "frames"), [(10.24, 256), (80, 2000), (9.95, 249)])
 def test_tango_generates_the_length_that_was_set(tango: Tango, seconds: float, frames: int) -> None:
     usual = clip(tango)
-    assert len(usual) == 256 * 640
+    assert len(usual) == 256 * 640 + TAIL
     litefocus.patch(tango)
     litefocus.set_duration(tango, seconds)
     assert litefocus.status(tango, seconds=seconds).layers[0].frames == frames
     long = clip(tango)
-    assert len(long) == frames * 640
+    assert len(long) == frames * 640 + TAIL
     assert np.isfinite(long).all()
     litefocus.unpatch(tango)
     assert np.array_equal(clip(tango), usual)
@@ -356,12 +360,12 @@ def test_a_set_duration_is_of_one_object_and_can_be_taken_back(tango: Tango) -> 
     assert np.array_equal(clip(tango), usual)  # the same draw as the original code's
     litefocus.set_duration(tango, 1)
     twin = copy.deepcopy(tango)
-    assert len(clip(tango)) == len(clip(twin)) == 16000
+    assert len(clip(tango)) == len(clip(twin)) == 16000 + TAIL
     assert len(clip(other)) == len(usual)
     for _ in range(2):
         litefocus.set_duration(tango, None)
         assert np.array_equal(clip(tango), usual)
-    assert len(clip(twin)) == 16000
+    assert len(clip(twin)) == 16000 + TAIL
 
 
 @pytest.mark.parametrize(
@@ -372,7 +376,7 @@ def test_a_bad_duration_changes_nothing(tango: Tango, seconds: Any, error: type[
     litefocus.set_duration(tango, 1)
     with pytest.raises(error, match="seconds must be"):
         litefocus.set_duration(tango, seconds)
-    assert len(clip(tango)) == 16000
+    assert len(clip(tango)) == 16000 + TAIL
 
 
 def test_a_duration_needs_tango() -> None:
@@ -380,6 +384,7 @@ def test_a_duration_needs_tango() -> None:
         litefocus.set_duration(build("AudioLDM"), 10)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm:FutureWarning")
 def test_bins_are_read_from_the_real_vae_of_audioldm() -> None:
     settings = {
         "double_z": True,
@@ -393,8 +398,7 @@ def test_bins_are_read_from_the_real_vae_of_audioldm() -> None:
         "attn_resolutions": [],
         "dropout": 0.0,
     }
-    with torch.device("meta"):
-        vae = authors("audioldm", "variational_autoencoder.autoencoder").AutoencoderKL(ddconfig=settings, embed_dim=8)
+    vae = authors("audioldm", "variational_autoencoder.autoencoder").AutoencoderKL(ddconfig=settings, embed_dim=8)
     geometry = geometry_of(types.SimpleNamespace(vae=vae))
     assert geometry is not None
     assert (geometry.freq_bins, geometry.num_frames(80)) == (16, 2000)
@@ -436,7 +440,7 @@ class MusicBlock(CrossAttnDownBlock2D):
         for resnet, *transformers in layers:
             hidden_states = resnet(hidden_states, temb)
             for transformer in transformers:
-                hidden_states = transformer(hidden_states, encoder_hidden_states).sample
+                (hidden_states,) = transformer(hidden_states, encoder_hidden_states, return_dict=False)
             outputs += (hidden_states,)
         for downsampler in self.downsamplers:
             hidden_states = downsampler(hidden_states)
@@ -492,7 +496,7 @@ def image_pipeline() -> StableDiffusionPipeline:
         text_encoder=None,
         tokenizer=None,
         unet=unet,
-        scheduler=diffusers.DDIMScheduler(),
+        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -571,6 +575,7 @@ NOT_2D = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm:FutureWarning")
 @pytest.mark.parametrize(("where", "name"), [(where, name) for where, names in NOT_2D.items() for name in names])
 def test_refuses_the_real_classes_that_have_no_frequency_axis(where: str, name: str) -> None:
     with torch.device("meta"):
