@@ -17,10 +17,8 @@ from litefocus import FocusSet, LiteFocusConfig, focus_set
 def allowed(focus: FocusSet) -> Tensor:
     """(tokens, tokens) booleans: may query i see key j? Token by token, from the group where its output is read."""
     mask = torch.zeros(focus.tokens, focus.tokens, dtype=torch.bool)
-    keys = focus.keys.tolist()
     for token, place in enumerate(focus.inverse.tolist()):
-        for key in keys[place // focus.queries.shape[1]]:
-            mask[token, key] = True
+        mask[token, focus.keys[place // focus.queries.shape[1]]] = True
     return mask
 
 

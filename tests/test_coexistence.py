@@ -1,0 +1,256 @@
+"""litefocus beside everything else that people do to a pipeline: the numbers, against masked dense attention."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+from diffusers.models.attention_processor import SlicedAttnProcessor
+from oracle import install_oracle
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from pipelines import JOINT, build, generate
+from torch import Tensor, nn
+
+import litefocus
+from litefocus import LiteFocusConfig
+
+CONFIG = LiteFocusConfig(sparse_ratio=0.2)
+
+
+@pytest.fixture(params=["AudioLDM", "AudioLDM 2"])
+def pipe(request: pytest.FixtureRequest) -> Any:
+    return build(request.param)
+
+
+def oracle_of(pipe: Any, prepare: Callable[[Any], Any] = lambda pipe: None) -> Any:
+    """A copy with masked dense attention, to which the same was done."""
+    oracle = copy.deepcopy(pipe)
+    prepare(oracle)
+    install_oracle(oracle.unet, CONFIG)
+    return oracle
+
+
+def assert_same_audio(got: np.ndarray, expected: np.ndarray, **tolerance: float) -> None:
+    np.testing.assert_allclose(got, expected, **{"atol": 1e-4, "rtol": 1e-3, **tolerance})
+
+
+def add_lora(pipe: Any) -> None:
+    torch.manual_seed(3)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    if hasattr(pipe.unet, "add_adapter"):
+        pipe.unet.add_adapter(config)
+    else:  # diffusers gives AudioLDM 2's UNet no adapters of its own
+        inject_adapter_in_model(config, pipe.unet)
+
+
+def adapters(pipe: Any) -> list[BaseTunerLayer]:
+    return [module for module in pipe.unet.modules() if isinstance(module, BaseTunerLayer)]
+
+
+@pytest.mark.parametrize("first", ["adapter", "patch"])
+def test_lora(pipe: Any, first: str) -> None:
+    litefocus.patch(pipe, CONFIG)
+    without = generate(pipe)
+    litefocus.unpatch(pipe)
+    expected = generate(oracle_of(pipe, add_lora))
+    assert np.abs(expected - without).max() > 1e-3
+    if first == "adapter":
+        add_lora(pipe)
+    litefocus.patch(pipe, CONFIG)
+    if first == "patch":
+        add_lora(pipe)
+    assert {layer.state for layer in litefocus.status(pipe).layers if layer.freq_bins == 8} == {"focus"}
+    assert_same_audio(generate(pipe), expected)
+    for adapter in adapters(pipe):
+        adapter.merge()
+    assert_same_audio(generate(pipe), expected)
+    for adapter in adapters(pipe):
+        adapter.unmerge()
+        adapter.enable_adapters(False)
+    assert_same_audio(generate(pipe), without)
+
+
+def model_offload(pipe: Any) -> None:
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+def sequential_offload(pipe: Any) -> None:
+    """What enable_sequential_cpu_offload does to the UNet; its other parts fail on the CPU, without litefocus too."""
+    accelerate.cpu_offload(pipe.unet, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("offload", [model_offload, sequential_offload])
+@pytest.mark.parametrize("first", ["offload", "patch"])
+def test_offload(pipe: Any, offload: Callable[[Any], None], first: str) -> None:
+    expected = generate(oracle_of(pipe))
+    if first == "patch":
+        litefocus.patch(pipe, CONFIG)
+    offload(pipe)
+    if first == "offload":
+        litefocus.patch(pipe, CONFIG)
+    assert_same_audio(generate(pipe), expected)
+    litefocus.unpatch(pipe)
+    assert np.abs(generate(pipe) - expected).max() > 1e-3
+
+
+def test_attention_slicing_before(pipe: Any) -> None:
+    """What litefocus leaves dense stays sliced."""
+    expected = generate(oracle_of(pipe))
+    pipe.enable_attention_slicing(1)
+    litefocus.patch(pipe, CONFIG)
+    assert_same_audio(generate(pipe), expected)
+    litefocus.unpatch(pipe)
+    assert {type(p) for p in pipe.unet.attn_processors.values()} == {SlicedAttnProcessor}
+
+
+def test_attention_slicing_after_takes_the_patch_off_and_patching_again_mends_it(pipe: Any) -> None:
+    dense, expected = generate(pipe), generate(oracle_of(pipe))
+    litefocus.patch(pipe, CONFIG)
+    pipe.enable_attention_slicing(1)
+    assert {layer.state for layer in litefocus.status(pipe).layers} == {"overwritten by SlicedAttnProcessor"}
+    assert_same_audio(generate(pipe), dense)
+    litefocus.patch(pipe, CONFIG)
+    assert_same_audio(generate(pipe), expected)
+
+
+def set_backend(pipe: Any) -> None:
+    pipe.unet.set_attention_backend("native")
+
+
+def cast_layerwise(pipe: Any) -> None:
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+def channels_last(pipe: Any) -> None:
+    pipe.unet.to(memory_format=torch.channels_last)
+
+
+def free_u(pipe: Any) -> None:
+    if not hasattr(pipe.unet, "enable_freeu"):
+        pytest.skip(f"{type(pipe.unet).__name__} has no FreeU")
+    pipe.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+
+
+@pytest.mark.parametrize("change", [set_backend, cast_layerwise, channels_last, free_u])
+@pytest.mark.parametrize("first", ["change", "patch"])
+def test_changes_of_the_unet(pipe: Any, change: Callable[[Any], None], first: str) -> None:
+    expected = generate(oracle_of(pipe, change))
+    if first == "patch":
+        litefocus.patch(pipe, CONFIG)
+    change(pipe)
+    if first == "change":
+        litefocus.patch(pipe, CONFIG)
+    assert_same_audio(generate(pipe), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_errs_no_more_than_dense_attention_does(pipe: Any, dtype: torch.dtype) -> None:
+    oracle = oracle_of(pipe)
+    exact = step(oracle.unet)
+    error = (step(oracle.unet.to(dtype)) - exact).abs().mean()
+    litefocus.patch(pipe, CONFIG)
+    assert (step(pipe.unet.to(dtype)) - exact).abs().mean() < 1.2 * error
+    assert error > 0
+
+
+def conditions(unet: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(1)
+    if "AudioLDM2" in type(unet).__name__:
+        return {
+            "encoder_hidden_states": torch.randn(2, 4, 18, generator=draw).to(dtype),
+            "encoder_hidden_states_1": torch.randn(2, 6, JOINT, generator=draw).to(dtype),
+        }
+    return {"encoder_hidden_states": None, "class_labels": torch.randn(2, JOINT, generator=draw).to(dtype)}
+
+
+def step(unet: nn.Module, grad: bool = False) -> Tensor:
+    dtype = next(unet.parameters()).dtype
+    sample = torch.randn(2, 8, 50, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.set_grad_enabled(grad):
+        return unet(sample, torch.tensor(7), **conditions(unet, dtype)).sample.float()
+
+
+def test_gradients(pipe: Any) -> None:
+    oracle = oracle_of(pipe)
+    litefocus.patch(pipe, CONFIG)
+    for unet in (pipe.unet, oracle.unet):
+        step(unet, grad=True).square().sum().backward()
+    compared = 0
+    for (name, got), expected in zip(pipe.unet.named_parameters(), oracle.unet.parameters(), strict=True):
+        if expected.grad is not None:
+            torch.testing.assert_close(got.grad, expected.grad, atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+            compared += expected.grad.abs().max() > 1e-3
+    assert compared > 100
+
+
+def test_pipelines_from_one_another_share_the_patch(pipe: Any) -> None:
+    expected = generate(oracle_of(pipe))
+    other = type(pipe).from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    litefocus.patch(pipe, CONFIG)
+    assert litefocus.status(other).config == CONFIG
+    assert_same_audio(generate(other), expected)
+    litefocus.unpatch(other)
+    assert litefocus.status(pipe).config is None
+
+
+def test_a_saved_pipeline_loads_clean(pipe: Any, tmp_path: Any) -> None:
+    dense = generate(pipe)
+    litefocus.patch(pipe, CONFIG)
+    pipe.save_pretrained(tmp_path)
+    assert not any(b"litefocus" in path.read_bytes().lower() for path in tmp_path.rglob("*.json"))
+    loaded = type(pipe).from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert litefocus.status(loaded).config is None
+    assert_same_audio(generate(loaded), dense)
+
+
+def test_two_pipelines_in_two_threads(pipe: Any) -> None:
+    other = copy.deepcopy(pipe)
+    litefocus.patch(pipe, CONFIG)
+    litefocus.patch(other, sparse_ratio=0.05, seed=9, min_freq_bins=4)
+    alone = [generate(each, steps=4) for each in (pipe, other)]
+    assert np.abs(alone[0] - alone[1]).max() > 1e-3
+    for each in (pipe, other):  # anew: their threads build the focus sets
+        litefocus.patch(each, litefocus.status(each).config)
+    together: list[Any] = [None, None]
+
+    def run(i: int, each: Any) -> None:
+        together[i] = generate(each, steps=4)
+
+    threads = [threading.Thread(target=run, args=item) for item in enumerate((pipe, other))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert np.array_equal(together[0], alone[0])
+    assert np.array_equal(together[1], alone[1])
+
+
+def test_toggled_halfway_through_200_steps(pipe: Any) -> None:
+    """The audio pipelines of diffusers have `callback`; `callback_on_step_end` never reached them."""
+
+    def run(each: Any, at_half: Callable[[], None]) -> np.ndarray:
+        def callback(i: int, t: Tensor, latents: Tensor) -> None:
+            if i == 99:
+                at_half()
+
+        settings = {"audio_length_in_s": 1.0, "num_inference_steps": 200, "callback": callback}
+        return each("a hammer", generator=torch.Generator().manual_seed(0), **settings).audios
+
+    pipe.to(torch.float64)  # late steps change little: rounding must not hide it
+    dense, oracle = run(pipe, lambda: None), copy.deepcopy(pipe)
+    expected = run(oracle, lambda: install_oracle(oracle.unet, CONFIG))
+    assert np.abs(expected - dense).max() > 1e-6
+    got = run(pipe, lambda: litefocus.patch(pipe, CONFIG))
+    assert_same_audio(got, expected, atol=1e-7, rtol=1e-7)
+    litefocus.unpatch(pipe)
+    assert np.array_equal(run(pipe, lambda: None), dense)
