@@ -15,17 +15,19 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import math
 import platform
 import statistics
+import sys
 import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -48,6 +50,7 @@ from transformers import (
 
 import litefocus
 from litefocus import LiteFocusAttnProcessor, LiteFocusConfig, focus_attention, focus_set
+from litefocus.unet import get_processor, set_processor
 
 WARM_ENOUGH = 10.0  # CPU seconds, after which warming up and counting memory (under 0.1 s) no longer matter
 BATCH, HEADS, HEAD_DIM, FREQ_BINS = 2, 8, 32, 8  # AudioLDM 2 with classifier-free guidance, where most time goes
@@ -128,6 +131,33 @@ AUDIOLDM = {
     "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 3,
     "up_block_types": ("CrossAttnUpBlock2D",) * 3 + ("UpBlock2D",),
 }
+
+
+def original_audioldm2() -> nn.Module:
+    """The UNet of the authors' package audioldm2, without the package's own __init__, which loads far more."""
+    if "audioldm2" not in sys.modules:
+        spec = importlib.util.find_spec("audioldm2")
+        if spec is None:
+            raise SystemExit("audioldm2-original needs: pip install einops && pip install --no-deps audioldm2==0.1.0")
+        sys.modules["audioldm2"] = ModuleType("audioldm2")
+        sys.modules["audioldm2"].__path__ = list(spec.submodule_search_locations or ())
+    unet: nn.Module = importlib.import_module(
+        "audioldm2.latent_diffusion.modules.diffusionmodules.openaimodel"
+    ).UNetModel(
+        image_size=64,
+        in_channels=8,
+        out_channels=8,
+        model_channels=128,
+        attention_resolutions=[8, 4, 2],
+        num_res_blocks=2,
+        channel_mult=[1, 2, 3, 5],
+        num_head_channels=32,
+        use_spatial_transformer=True,
+        context_dim=[768, 1024],
+    )
+    return unet
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "audioldm-s": lambda: UNet2DConditionModel(
         **AUDIOLDM,
@@ -149,11 +179,18 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         use_linear_projection=True,
         upcast_attention=True,
     ),
+    "audioldm2-original": original_audioldm2,
 }
 
 
 def inputs(unet: nn.Module, seconds: float) -> dict[str, Tensor]:
     """What a pipeline gives the UNet at a step."""
+    if hasattr(unet, "input_blocks"):
+        latent = torch.randn(BATCH, 8, 8 * math.ceil(25 * seconds / 8), 16)
+        context = [torch.randn(BATCH, 8, 768), torch.randn(BATCH, 16, 1024)]
+        masks = [torch.ones(x.shape[:2]) for x in context]
+        timesteps = torch.ones(BATCH, dtype=torch.long)
+        return {"x": latent, "timesteps": timesteps, "context_list": context, "context_attn_mask_list": masks}  # type: ignore[dict-item]
     given = {"sample": torch.randn(BATCH, 8, math.ceil(25 * seconds), 16), "timestep": torch.tensor(1)}
     if isinstance(unet, AudioLDM2UNet2DConditionModel):
         prompt = {"encoder_hidden_states": torch.randn(BATCH, 8, 768)}
@@ -259,9 +296,9 @@ def processors(method: str, pipe: Any) -> Processors:
     how = Peer if method == NO_ATTENTION else METHODS[method]
     with litefocus.patch(pipe, **(how if isinstance(how, dict) else {})):  # finds the layers
         patched = [
-            (layer, layer.processor)
+            (layer, get_processor(layer))
             for layer in pipe.unet.modules()
-            if isinstance(getattr(layer, "processor", None), LiteFocusAttnProcessor)
+            if isinstance(get_processor(layer), LiteFocusAttnProcessor)
         ]
     if how == {}:
         return [(layer, focus.original) for layer, focus in patched]
@@ -291,7 +328,7 @@ def kinds(pipe: Any, seconds: float) -> list[Layer]:
         found: dict[tuple[int, ...], Layer] = {}
         for row in litefocus.status(pipe, seconds=seconds).layers:
             attn = pipe.unet.get_submodule(row.name)
-            key = (row.freq_bins or 0, attn.to_q.out_features, attn.heads)
+            key = (row.freq_bins or 0, attn.to_q.out_features)
             found.setdefault(key, Layer(attn, row.frames or 0, row.freq_bins or 0)).count += 1
     return list(found.values())
 
@@ -425,7 +462,7 @@ def step(model: str, seconds: float, methods: list[str], args: argparse.Namespac
 
     def install(method: str) -> None:
         for layer, processor in ways[method]:
-            layer.set_processor(processor)
+            set_processor(layer, processor)
 
     def whole() -> Any:
         return forward(**given)
@@ -563,7 +600,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=("call", "step", "road"), default="call")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="of step (default: all)")
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="of step (default: those of diffusers)")
     parser.add_argument("--seconds", nargs="+", type=float, help="default: 80; of step: 10 20 40 80 160 320 600")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of step (default: all)")
     parser.add_argument("--sum-above", type=float, default=160.0, help="longer steps are summed up from layers")
@@ -577,6 +614,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.quick:
         args.models, args.seconds, args.rounds = ["audioldm2"], args.seconds or [10.0, 20.0], 1
     args.seconds = args.seconds or ([10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 600.0] if args.what == "step" else [80.0])
+    args.models = args.models or [name for name in MODELS if name != "audioldm2-original"]
     args.methods = list(dict.fromkeys(["dense SDPA", *args.methods]))  # what the others are compared with
     return args
 

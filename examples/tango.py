@@ -20,7 +20,7 @@ import litefocus
 
 
 def mend_imports() -> None:
-    """Let Tango's code, written for diffusers 0.18 and librosa 0.9, run on current ones. Call it before importing it."""
+    """Let Tango's code, written for diffusers 0.18 and librosa 0.9, run on current ones, once it is imported."""
     import diffusers.utils
     import diffusers.utils.torch_utils
     import librosa.filters
@@ -30,15 +30,15 @@ def mend_imports() -> None:
     diffusers.utils.randn_tensor = diffusers.utils.torch_utils.randn_tensor
 
     # audioldm/audio/stft.py passes by position what librosa 0.10 takes by keyword alone
-    def by_position(function: Any, *names: str) -> Any:
+    def by_position(function: Any, taken: int, *names: str) -> Any:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            return function(*args[: -len(names)], **dict(zip(names, args[-len(names) :], strict=True)), **kwargs)
+            return function(*args[:taken], **dict(zip(names, args[taken:], strict=False)), **kwargs)
 
         return call
 
-    librosa.filters.mel = by_position(librosa.filters.mel, "sr", "n_fft", "n_mels", "fmin", "fmax")
-    librosa.util.pad_center = by_position(librosa.util.pad_center, "size")
+    librosa.filters.mel = by_position(librosa.filters.mel, 0, "sr", "n_fft", "n_mels", "fmin", "fmax")
+    librosa.util.pad_center = by_position(librosa.util.pad_center, 1, "size")
 
 
 def main() -> None:
