@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from pipelines import audioldm2_unet, audioldm_unet
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 import litefocus
+from litefocus import LiteFocusAttnProcessor, LiteFocusConfig
 
 LENGTHS = (32, 48)
 TWO_LEVELS = {
@@ -23,6 +25,7 @@ TWO_LEVELS = {
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
 
@@ -87,3 +90,18 @@ def test_inductor_with_time_windows() -> None:
     torch.testing.assert_close(step(torch.compile(unet, fullgraph=True), 160), expected, rtol=1e-4, atol=1e-5)
     (cached,) = unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.processor._focus_sets.values()
     assert cached.keys.shape == (16, 68 + 7 * 7)
+
+
+def test_inductor_with_dynamic_lengths() -> None:
+    """One layer, since a whole UNet takes minutes to compile: right at every length, compiled once for each."""
+    torch.manual_seed(0)
+    layer = Attention(query_dim=16, heads=2, dim_head=8)
+    config = LiteFocusConfig(time_window=8)
+    layer.set_processor(LiteFocusAttnProcessor(layer.processor, layer="mid", freq_bins=8, config=config))
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for _ in range(2):
+            for frames in (100, 80, 130):
+                x = torch.randn(2, frames * 8, 16)
+                torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
