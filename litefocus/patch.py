@@ -44,11 +44,14 @@ def patch(
 ) -> Patch:
     """Restrict the self-attention of a text-to-audio pipeline to focus sets, in place.
 
-    pipe: an AudioLDM, AudioLDM 2 or MusicLDM pipeline, or a UNet of that kind, `torch.compile`d or not.
+    pipe: an AudioLDM, AudioLDM 2 or MusicLDM pipeline of diffusers, a Tango, Tango 2, Mustango or ConsistencyTTA
+        object, a `LatentDiffusion` of the authors' audioldm and audioldm2 packages, or a 2-D UNet of one of those
+        kinds, `torch.compile`d or not.
     config: settings; `overrides` are fields of `LiteFocusConfig` that replace its values.
     freq_bins: frequency bins of the latent at the UNet's input. A pipeline tells it (mel bins of its vocoder / VAE
         scale factor, 16 for all published checkpoints); a bare UNet does not, and needs it.
-    freq_axis: "width" (all AudioLDM-style models), or "height" where the latent is (frequency, time).
+    freq_axis: "width" (all AudioLDM-style models), or "height" where the latent is (frequency, time), as in Riffusion
+        and Auffusion.
 
     Returns the handle: `handle.remove()` takes the patch off, `with litefocus.patch(pipe): ...` restores on leaving
     what was there on entering, and its repr is the table of what was patched. Patching again replaces the settings;
@@ -56,7 +59,7 @@ def patch(
 
     Raises TypeError for an object without a 2-D UNet and for unknown or mistyped options, ValueError for
     values out of range, for a missing or contradicting `freq_bins` and where no layer qualifies. After an error the
-    pipeline is as it was.
+    pipeline is as it was. Warns where the pipeline is known to fail without litefocus too, and names the mend.
     """
     options = [field.name for field in fields(LiteFocusConfig)]
     refuse_unknown("patch()", overrides, [*options, "freq_bins", "freq_axis"])
@@ -75,7 +78,6 @@ def patch(
         )
     layers = list(self_attention_layers(unet, input_freq_bins(pipe, freq_bins)))
     _check_some_layer_qualifies(unet, layers, config)
-
     warn_of_known_problems(pipe)
 
     installed: list[_Replaced] = []
@@ -103,6 +105,8 @@ def patch(
 
 def unpatch(pipe: Any) -> None:
     """Put back every processor that LiteFocus replaced, the same objects. Harmless where nothing is patched.
+
+    A length that `set_duration` gave a Tango object is taken back too.
 
     pipe: what `patch` accepts. Layers that something else has overwritten since are left as they are.
     """

@@ -254,3 +254,48 @@ def test_toggled_halfway_through_200_steps(pipe: Any) -> None:
     assert_same_audio(got, expected, atol=1e-7, rtol=1e-7)
     litefocus.unpatch(pipe)
     assert np.array_equal(run(pipe, lambda: None), dense)
+
+
+# --- what is broken without litefocus, and the mend that the README gives
+# (where one of these stops failing, the mend and its line in the README can go)
+
+
+def test_audioldm2_as_published_fails_and_its_mend_works() -> None:
+    pipe = build("AudioLDM 2")
+    expected, mended = generate(pipe), pipe.language_model
+    pipe.language_model = mended.transformer  # the GPT2Model that cvssp/audioldm2 names, with the same weights
+    with pytest.raises(AttributeError):
+        generate(pipe)
+    with pytest.warns(UserWarning, match="GPT2LMHeadModel"), pytest.raises(AttributeError), litefocus.patch(pipe):
+        generate(pipe)
+    pipe.language_model = mended
+    assert np.array_equal(generate(pipe), expected)
+
+
+def test_musicldm_fails_for_text_and_its_mend_works() -> None:
+    pipe = build("MusicLDM")
+    with pytest.raises(AttributeError):
+        pipe("a hammer", audio_length_in_s=1.0, num_inference_steps=1)
+    litefocus.patch(pipe)
+    assert np.isfinite(generate(pipe)).all()  # with prompt_embeds
+
+
+def test_fused_projections_crash_audioldm() -> None:
+    pipe = build("AudioLDM")
+    pipe.unet.fuse_qkv_projections()
+    with pytest.raises(AttributeError, match="to_qkv"):
+        generate(pipe)
+
+
+def test_fused_projections_of_audioldm2() -> None:
+    pipe = build("AudioLDM 2")
+    expected = generate(oracle_of(pipe))
+    pipe.unet.fuse_qkv_projections()
+    litefocus.patch(pipe, CONFIG)
+    assert_same_audio(generate(pipe), expected)
+
+
+def test_sequential_offload_to_the_cpu_fails(pipe: Any) -> None:
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    with pytest.raises(TypeError, match="new"):
+        generate(pipe)
