@@ -14,8 +14,10 @@ the plot NAME.png. The dense row of audioldm2-original is the authors' own atten
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.util
+import itertools
 import json
 import math
 import platform
@@ -23,7 +25,7 @@ import statistics
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -290,6 +292,7 @@ METHODS: dict[str, dict[str, Any] | type[Peer]] = {
     "token merging 50 %": Merged,
 }
 NO_ATTENTION = "without self-attention"
+COMPILED = ", compiled"  # at the end of a method's name
 
 
 Processors = list[tuple[Any, Any]]  # a self-attention layer, and what it gets
@@ -390,18 +393,13 @@ def cpu_seconds(run: Callable[[], Any]) -> float:
 
 
 def measure(
-    runs: dict[str, Callable[[], Any]],
-    rounds: int,
-    bar: Any,
-    prepare: Callable[[str], Any] = lambda name: None,
-    *,
-    compiled: bool = False,
+    runs: dict[str, Callable[[], Any]], rounds: int, bar: Any, prepare: Callable[[str], Any] = lambda name: None
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """CPU seconds of every round, and bytes at the peak, of each of `runs`.
 
     A first round warms up and counts memory. It is one of the rounds where it takes longer than WARM_ENOUGH.
-    `prepare` is called with the name before each run, uncounted. What is `compiled` is compiled in the first round,
-    which then never counts; its memory cannot be counted, as tensors inside are the compiler's.
+    `prepare` is called with the name before each run, uncounted. In the first round what is COMPILED gets compiled,
+    which never counts, and its memory cannot be counted, as tensors inside are the compiler's.
     """
     took: dict[str, list[float]] = {name: [] for name in runs}
     peak = dict.fromkeys(runs, 0)
@@ -411,6 +409,7 @@ def measure(
                 continue
             bar.set_postfix_str(name)
             prepare(name)
+            compiled = name.endswith(COMPILED)
             if warm_up and not compiled:
                 with PeakMemory() as memory:
                     spent = cpu_seconds(run)
@@ -465,20 +464,23 @@ def step(model: str, seconds: float, methods: list[str], args: argparse.Namespac
         ),
     )
     given = inputs(unet, seconds)
-    forward: Callable[..., Any] = torch.compile(unet) if args.compile else unet
+    compiled = torch.compile(unet)
     summed = seconds > args.sum_above
 
     ways = {method: processors(method, pipe) for method in (*methods, NO_ATTENTION)}
 
     def install(method: str) -> None:
-        for layer, processor in ways[method]:
+        for layer, processor in ways[method.removesuffix(COMPILED)]:
             set_processor(layer, processor)
 
     def whole() -> Any:
-        return forward(**given)
+        return unet(**given)
 
     if not summed:
-        took, peak = measure(dict.fromkeys(methods, whole), args.rounds, bar, install, compiled=args.compile)
+        runs: dict[str, Callable[[], Any]] = dict.fromkeys(methods, whole)
+        if args.compile:
+            runs |= {method + COMPILED: lambda: compiled(**given) for method in methods}
+        took, peak = measure(runs, args.rounds, bar, install)
     else:
         install("dense SDPA")
         layers = kinds(pipe, seconds)
@@ -493,21 +495,20 @@ def step(model: str, seconds: float, methods: list[str], args: argparse.Namespac
                 took[method] = [a + layer.count * b for a, b in zip(took[method], one[method], strict=True)]
                 peak[method] = max(peak[method], one_peak[method])
     install("dense SDPA")
-    flop_ratios = {method: flop_ratio(method, pipe, seconds) for method in methods}
+    flop_ratios = {name: flop_ratio(name.removesuffix(COMPILED), pipe, seconds) for name in took}
     return rows_of(model, seconds, took, peak, flop_ratios, args, summed=summed)
 
 
 # ------------------------------------------------------------------------------------------------- the whole road
 
 
-def road(seconds: float, args: argparse.Namespace, bar: Any) -> list[tuple[str, float, int]]:
+def road(seconds: float, args: argparse.Namespace, bar: Any) -> Iterator[tuple[str, float, int]]:
     """(stage, CPU seconds, bytes at the peak) of AudioLDM 2 at its published widths, random weights, batch 1 prompt."""
     frames = math.ceil(25 * seconds)
-    stages: list[tuple[str, float, int]] = []
 
-    def stage(name: str, run: Callable[[], Any], times: float = 1.0) -> None:
+    def stage(name: str, run: Callable[[], Any], times: float = 1.0) -> tuple[str, float, int]:
         took, peak = measure({name: run}, args.rounds, bar)
-        stages.append((name, times * statistics.median(took[name]), peak[name]))
+        return name, times * statistics.median(took[name]), peak[name]
 
     ids = torch.ones(2, 16, dtype=torch.long)
     t5 = T5EncoderModel(
@@ -523,17 +524,19 @@ def road(seconds: float, args: argparse.Namespace, bar: Any) -> list[tuple[str, 
         for new in range(8):
             gpt2(inputs_embeds=torch.cat([prompt, prompt[:, :new]], dim=1))
 
-    stage("text encoders and GPT-2", text)
+    yield stage("text encoders and GPT-2", text)
 
     unet = MODELS["audioldm2"]().eval()
     given = inputs(unet, seconds)
-    if seconds <= args.sum_above:
-        stage(f"UNet, {args.steps} steps, dense", lambda: unet(**given), args.steps)
-    for name in ("litefocus, all levels", "litefocus, all levels, time_window=256"):
+    for name in args.methods:
         options = METHODS[name]
-        assert isinstance(options, dict)
-        with litefocus.patch(unet, freq_bins=16, **options):
-            stage(f"UNet, {args.steps} steps, {name}", lambda: unet(**given), args.steps)
+        if not isinstance(options, dict):
+            raise SystemExit(f"road takes dense and litefocus, not {name}")
+        if options == {} and seconds > args.sum_above:
+            continue
+        with litefocus.patch(unet, freq_bins=16, **options) if options else contextlib.nullcontext():
+            yield stage(f"UNet, {args.steps} steps, {name}", functools.partial(unet, **given), args.steps)
+    del unet
 
     vae = AutoencoderKL(
         in_channels=1,
@@ -546,14 +549,15 @@ def road(seconds: float, args: argparse.Namespace, bar: Any) -> list[tuple[str, 
     tokens = 16 * frames
     q, k, v = torch.randn(3, 1, 1, tokens, 512)
     part = max(1, tokens // 4096)  # its time is proportional to the queries: a part of them tells
-    stage(
+    yield stage(
         "of VAE decode: attention of the mid block",
-        lambda: F.scaled_dot_product_attention(q[:, :, ::part], k, v),
+        functools.partial(F.scaled_dot_product_attention, q[:, :, ::part], k, v),
         tokens / len(range(0, tokens, part)),
     )
     vae.decoder.mid_block.attentions = nn.ModuleList([None])  # diffusers skips it
     latents = torch.randn(1, 8, frames, 16)
-    stage("of VAE decode: everything else", lambda: vae.decode(latents).sample)
+    del q, k, v
+    yield stage("of VAE decode: everything else", lambda: vae.decode(latents).sample)
     vocoder = SpeechT5HifiGan(
         SpeechT5HifiGanConfig(
             model_in_dim=64,
@@ -563,8 +567,7 @@ def road(seconds: float, args: argparse.Namespace, bar: Any) -> list[tuple[str, 
         )
     ).eval()
     mel = torch.randn(1, 4 * frames, 64)
-    stage("vocoder", lambda: vocoder(mel))
-    return stages
+    yield stage("vocoder", lambda: vocoder(mel))
 
 
 # --------------------------------------------------------------------------------------------------------- printing
@@ -612,10 +615,10 @@ def environment(args: argparse.Namespace) -> str:
     )
 
 
-def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """In Markdown."""
-    for cells in (header, ("---",) * len(header), *rows):
-        print("| " + " | ".join(cells) + " |")
+def print_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    """In Markdown, row by row as they come."""
+    for cells in itertools.chain((header, ("---",) * len(header)), rows):
+        tqdm.write("| " + " | ".join(cells) + " |")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -624,12 +627,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("what", nargs="?", choices=("call", "step", "road"), default="call")
     parser.add_argument("--models", nargs="+", choices=MODELS, help="of step (default: those of diffusers)")
     parser.add_argument("--seconds", nargs="+", type=float, help="default: 80; of step: 10 20 40 80 160 320 600")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="of step (default: all)")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, help="default: all; of road: every level, window of 256"
+    )
     parser.add_argument("--sum-above", type=float, default=160.0, help="longer steps are summed up from layers")
     parser.add_argument("--steps", type=int, default=200, help="of road (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument("--compile", action="store_true", help="step: the UNet through torch.compile")
+    parser.add_argument("--compile", action="store_true", help="step: also through torch.compile; not of sums")
     parser.add_argument("--quick", action="store_true", help="step: AudioLDM 2 at 20 s, one round")
     parser.add_argument("--output", type=Path, help="step: add to this .json, and plot it as .png")
     args = parser.parse_args(argv)
@@ -637,6 +642,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.models, args.seconds, args.rounds = ["audioldm2"], args.seconds or [20.0], 1
     args.seconds = args.seconds or ([10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 600.0] if args.what == "step" else [80.0])
     args.models = args.models or [name for name in MODELS if name != "audioldm2-original"]
+    few = ["litefocus, all levels", "litefocus, all levels, time_window=256"]
+    args.methods = args.methods or (few if args.what == "road" else list(METHODS))
     args.methods = list(dict.fromkeys(["dense SDPA", *args.methods]))  # what the others are compared with
     return args
 
@@ -651,11 +658,10 @@ def main(argv: list[str] | None = None) -> None:
             for seconds in args.seconds:
                 print(f"AudioLDM 2, {seconds:g} s of audio, {args.steps} steps")
                 with tqdm(desc="runs") as bar:
-                    stages = road(seconds, args, bar)
-                print_table(
-                    ("stage", "CPU s", "peak memory, MB"),
-                    [(name, f"{cpu:.1f}", f"{peak / 1e6:.0f}") for name, cpu, peak in stages],
-                )
+                    print_table(
+                        ("stage", "CPU s", "peak memory, MB"),
+                        ((name, f"{cpu:.1f}", f"{peak / 1e6:.0f}") for name, cpu, peak in road(seconds, args, bar)),
+                    )
             return
         rows: list[Row] = []
         if args.what == "call":
@@ -677,7 +683,8 @@ def main(argv: list[str] | None = None) -> None:
                         rows = [row for row in rows if row.key not in {row.key for row in new}] + new
                         if report:  # as far as it got
                             report.write_text(json.dumps([vars(row) for row in rows], indent=2) + "\n")
-            rows.sort(key=lambda row: (list(MODELS).index(row.model), row.seconds, list(METHODS).index(row.method)))
+            methods = [*METHODS, *(method + COMPILED for method in METHODS)]
+            rows.sort(key=lambda row: (list(MODELS).index(row.model), row.seconds, methods.index(row.method)))
     header = ("model", "s", "method", "CPU s, median", "minimum", "ratio to dense", "FLOP ratio", "share reached")
     print_table(
         (*header, "peak memory, MB"),
