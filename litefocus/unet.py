@@ -90,10 +90,8 @@ def _is_diffusers_unet(module: nn.Module) -> bool:
 
 
 def _is_video(module: nn.Module) -> bool:
-    return any(
-        isinstance(part, nn.Conv3d) or any(word in type(part).__name__ for word in ("Temporal", "Motion", "3D"))
-        for part in module.modules()
-    )
+    kinds = {type(part) for part in module.modules()}
+    return nn.Conv3d in kinds or any(word in kind.__name__ for kind in kinds for word in ("Temporal", "Motion", "3D"))
 
 
 def _why_not(pipe: Any, seen: list[tuple[str, Any]]) -> str:
@@ -184,7 +182,7 @@ def self_attention_layers(unet: nn.Module, freq_bins: int | None) -> Iterator[La
     found = []
     for prefix, block, level in blocks(unet):
         for name, module in block.named_modules():
-            if get_processor(module) is not None and hasattr(module, "to_q") and hasattr(module, "to_k"):
+            if get_processor(module) is not None:
                 full_name = f"{prefix}.{name}".replace("_orig_mod.", "")
                 found.append(Layer(full_name, module, level, math.ceil(freq_bins / 2**level) if freq_bins else 0))
 
@@ -199,6 +197,8 @@ def self_attention_layers(unet: nn.Module, freq_bins: int | None) -> Iterator[La
 
 def get_processor(module: nn.Module) -> Any:
     """The attention processor of a layer; None for every other module."""
+    if "to_q" not in module._modules or "to_k" not in module._modules:  # most: in a UNet of thousands this counts
+        return None
     if hasattr(module, "set_processor"):
         return getattr(module, "processor", None)
     return compvis.get_processor(module) if compvis.is_attention(module) else None
