@@ -586,6 +586,8 @@ def plot(rows: list[Row], path: Path) -> None:
     FigureCanvasAgg(figure)
     colours = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#E69F00")  # Okabe and Ito
     panels = figure.subplots(down, across, squeeze=False).flat
+    for axes in panels[len(models) :]:
+        axes.set_axis_off()
     for axes, model in zip(panels, models, strict=False):
         of_model = [row for row in rows if row.model == model]
         for (method, colour), marker in zip(zip(METHODS, colours, strict=True), "osD^vxP*", strict=True):
@@ -597,7 +599,11 @@ def plot(rows: list[Row], path: Path) -> None:
                 if hollow:
                     axes.plot(*zip(*hollow, strict=True), marker, color=colour, markerfacecolor="white")
         axes.set(
-            title=model, xlabel="length of the clip (s)", ylabel="CPU time of a step (s)", xscale="log", yscale="log"
+            title=model + " (dense: its own attention)" * model.endswith("original"),
+            xlabel="length of the clip (s)",
+            ylabel="CPU time of a step (s)",
+            xscale="log",
+            yscale="log",
         )
         axes.xaxis.set_major_locator(FixedLocator(sorted({row.seconds for row in of_model})))
         axes.xaxis.set_minor_locator(NullLocator())
