@@ -166,8 +166,9 @@ def test_original_code_keeps_a_forward_that_was_set_on_a_layer() -> None:
     unet = original_unet("audioldm2 full")
     layer = unet.input_blocks[4][1].transformer_blocks[0].attn1
     mine = layer.forward = lambda x, context=None, mask=None: torch.zeros_like(x)
-    litefocus.patch(unet, freq_bins=16)
+    litefocus.patch(unet, freq_bins=16, sparse_ratio=1.0)
     assert layer.forward is not mine
+    assert not layer.forward(torch.ones(1, 32, 64)).any()  # mine, for what is left dense
     litefocus.unpatch(unet)
     assert layer.forward is mine
 

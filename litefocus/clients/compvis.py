@@ -16,9 +16,10 @@ from torch import Tensor, nn
 def is_unet(module: Any) -> bool:
     """Whether `module` is a CompVis-style 2-D UNet."""
     parts: list[Any] = [getattr(module, name, None) for name in ("input_blocks", "middle_block", "output_blocks")]
-    return all(isinstance(part, nn.Module) for part in parts) and any(
-        isinstance(layer, nn.Conv2d) for layer in parts[0][0].modules()
-    )
+    if not all(isinstance(part, nn.Module) for part in parts):
+        return False
+    first = next(parts[0].children(), None)
+    return first is not None and any(isinstance(layer, nn.Conv2d) for layer in first.modules())
 
 
 def blocks(unet: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
@@ -54,7 +55,7 @@ class OriginalAttention:
 
     forward: the `forward` that was set on the layer itself, None for that of its class.
 
-    Self-attention that is left dense goes through fused attention too, since the layers' own materialises all scores;
+    Self-attention that is left dense goes through fused attention too, since that of the class materialises all scores;
     the result is the same but for rounding. Every other call is the layer's own.
     """
 
@@ -69,13 +70,13 @@ class OriginalAttention:
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         output: Tensor
-        if encoder_hidden_states is None and attention_mask is None:
+        if self.forward is not None:
+            output = self.forward(hidden_states, encoder_hidden_states, attention_mask)
+        elif encoder_hidden_states is None and attention_mask is None:
             heads = attn.heads if hasattr(attn, "heads") else attn.n_heads
             projections = (attn.to_q, attn.to_k, attn.to_v)
             query, key, value = (f(hidden_states).unflatten(-1, (heads, -1)).transpose(1, 2) for f in projections)
             output = attn.to_out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
-        elif self.forward is not None:
-            output = self.forward(hidden_states, encoder_hidden_states, attention_mask)
         else:
             output = type(attn).forward(attn, hidden_states, encoder_hidden_states, attention_mask)
         return output
