@@ -29,8 +29,8 @@ PROMPT = "a fast tabla rhythm"
 LONGEST = 3600  # seconds
 
 
-def load_pipeline(model: str) -> Any:
-    """The pipeline of a folder or a hub id, on the GPU where there is one."""
+def load_pipeline(model: str, device: Any = None) -> Any:
+    """The pipeline of a folder or a hub id, on `device`: by default on the GPU where there is one."""
     if not Path(model).is_dir() and not re.fullmatch(r"[\w-]+/[\w.-]+", model):
         raise OSError("no such folder, and hub ids look like owner/name")
     index = DiffusionPipeline.load_config(model)
@@ -40,7 +40,14 @@ def load_pipeline(model: str) -> Any:
         # with the language-model head reads the same weights and gives identical output.
         parts["language_model"] = GPT2LMHeadModel.from_pretrained(model, subfolder="language_model")
     pipe = DiffusionPipeline.from_pretrained(model, **parts)
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def guidance_for(model: str, guidance: float | None) -> float | None:
+    """`guidance` as given, else what suits the model; None leaves it to the pipeline."""
+    if guidance is None and model == str(EMBEDDED):
+        return 5.0  # its judge names 92 % of clips rightly then, 86 % at 3 (examples/embedded/README.md)
+    return guidance
 
 
 def generate(pipe: Any, args: argparse.Namespace) -> tuple[np.ndarray, float]:
@@ -56,13 +63,14 @@ def generate(pipe: Any, args: argparse.Namespace) -> tuple[np.ndarray, float]:
     return np.asarray(audio, dtype=np.float32), time.perf_counter() - started
 
 
-def save(path: Path, write: Any) -> None:
+def save(path: Path, write: Any, quiet: bool = False) -> None:
     """Call `write` with a temporary path beside `path`, then move the file there: whole or not at all."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
         whole = Path(folder, path.name)
         write(whole)
         whole.replace(path)
-    print(f"wrote {path}")
+    if not quiet:
+        print(f"wrote {path}")
 
 
 def save_spectrograms(clips: dict[str, np.ndarray], rate: int, path: Path) -> None:
@@ -106,8 +114,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         fail(f"--seconds must be between 0.5 and {LONGEST}, got {args.seconds:g}")
     if args.steps < 1:
         fail(f"--steps must be at least 1, got {args.steps}")
-    if args.guidance is None and args.model == str(EMBEDDED):
-        args.guidance = 5.0  # its judge names 92 % of clips rightly then, 86 % at 3 (examples/embedded/README.md)
+    args.guidance = guidance_for(args.model, args.guidance)
     if args.guidance is not None and not (math.isfinite(args.guidance) and args.guidance >= 0):
         fail(f"--guidance must be finite and at least 0, got {args.guidance:g}")
     if not 0 <= args.seed < 2**63:

@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import litefocus
+import litefocus.__main__ as report
 from litefocus import LiteFocusAttnProcessor, LiteFocusConfig
 
 ALL = LiteFocusConfig(min_freq_bins=2)
@@ -511,3 +512,10 @@ def test_importing_is_light() -> None:
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_report_for_bugs(capsys: pytest.CaptureFixture[str]) -> None:
+    report.main()
+    lines = capsys.readouterr().out
+    assert f"torch {torch.__version__.split('+')[0]}" in lines
+    assert "diffusers.AudioLDM2Pipeline: supported" in lines
