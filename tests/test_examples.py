@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import generate
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 import soundfile
@@ -69,6 +71,18 @@ def test_errors_are_one_line_and_leave_nothing(arguments, message, tmp_path, mon
     assert message in error
     assert len(error.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore")  # of Jupyter's own parts
+def test_the_notebook_runs_from_the_first_cell_to_the_last() -> None:
+    path = ROOT / "examples" / "litefocus.ipynb"
+    assert path.stat().st_size < 1.5e6
+    notebook = nbformat.read(path, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert sum("audio/ogg" in str(cell.outputs) or "<audio" in str(cell.outputs) for cell in cells) == 3
+    nbclient.NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+    ).execute()  # raises CellExecutionError where a cell fails
 
 
 def test_the_readme_shows_the_table_as_printed() -> None:
