@@ -139,17 +139,20 @@ AUDIOLDM = {
 }
 
 
-def original_audioldm2() -> nn.Module:
-    """The UNet of the authors' package audioldm2, without the package's own __init__, which loads far more."""
-    if "audioldm2" not in sys.modules:
-        spec = importlib.util.find_spec("audioldm2")
+def authors(package: str, module: str) -> Any:
+    """A module of the authors' packages, without the package's own __init__, which loads their whole pipelines."""
+    if package not in sys.modules:
+        spec = importlib.util.find_spec(package)
         if spec is None:
-            raise SystemExit("audioldm2-original needs: pip install einops && pip install --no-deps audioldm2==0.1.0")
-        sys.modules["audioldm2"] = ModuleType("audioldm2")
-        sys.modules["audioldm2"].__path__ = list(spec.submodule_search_locations or ())
-    unet: nn.Module = importlib.import_module(
-        "audioldm2.latent_diffusion.modules.diffusionmodules.openaimodel"
-    ).UNetModel(
+            raise SystemExit(f"{package} is missing: pip install einops progressbar && pip install --no-deps {package}")
+        sys.modules[package] = ModuleType(package)
+        sys.modules[package].__path__ = list(spec.submodule_search_locations or ())
+    return importlib.import_module(f"{package}.{module}")
+
+
+def original_audioldm2() -> nn.Module:
+    """The UNet of the authors' package audioldm2 0.1.0."""
+    unet: nn.Module = authors("audioldm2", "latent_diffusion.modules.diffusionmodules.openaimodel").UNetModel(
         image_size=64,
         in_channels=8,
         out_channels=8,
@@ -464,7 +467,6 @@ def step(model: str, seconds: float, methods: list[str], args: argparse.Namespac
         ),
     )
     given = inputs(unet, seconds)
-    compiled = torch.compile(unet)
     summed = seconds > args.sum_above
 
     ways = {method: processors(method, pipe) for method in (*methods, NO_ATTENTION)}
@@ -479,6 +481,7 @@ def step(model: str, seconds: float, methods: list[str], args: argparse.Namespac
     if not summed:
         runs: dict[str, Callable[[], Any]] = dict.fromkeys(methods, whole)
         if args.compile:
+            compiled = torch.compile(unet)
             runs |= {method + COMPILED: lambda: compiled(**given) for method in methods}
         took, peak = measure(runs, args.rounds, bar, install)
     else:

@@ -64,9 +64,12 @@ def done(folder: Path) -> list[dict[str, Any]]:
 
 def append(path: Path, record: dict[str, Any]) -> None:
     """Add a line in one write, which processes that append to one file do not tear. A torn line before is ended."""
-    torn = path.exists() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
-    file = os.open(path, os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o644)
+    file = os.open(path, os.O_APPEND | os.O_CREAT | os.O_RDWR, 0o644)
     try:
+        torn = os.fstat(file).st_size > 0
+        if torn:
+            os.lseek(file, -1, os.SEEK_END)
+            torn = os.read(file, 1) != b"\n"
         os.write(file, ("\n" * torn + json.dumps(record, ensure_ascii=False) + "\n").encode())
     finally:
         os.close(file)

@@ -128,9 +128,7 @@ class LiteFocusAttnProcessor:
         if getattr(attn, "group_norm", None) is not None:
             hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
-        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        heads = attn.heads if hasattr(attn, "heads") else attn.n_heads
-        query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+        query, key, value = project(attn, hidden_states)
         if getattr(attn, "norm_q", None) is not None:
             query = attn.norm_q(query)
         if getattr(attn, "norm_k", None) is not None:
@@ -148,6 +146,14 @@ class LiteFocusAttnProcessor:
             hidden_states = hidden_states + residual
         rescale: float = getattr(attn, "rescale_output_factor", 1.0)
         return hidden_states / rescale
+
+
+def project(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of a layer's self-attention, each (batch, heads, tokens, head_dim)."""
+    heads = attn.heads if hasattr(attn, "heads") else attn.n_heads
+    rows = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+    query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in rows)
+    return query, key, value
 
 
 def _cached_focus_set(processor: LiteFocusAttnProcessor, num_frames: int, device: torch.device) -> FocusSet:

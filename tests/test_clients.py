@@ -6,10 +6,8 @@ pipelines, and what must be refused.
 from __future__ import annotations
 
 import copy
-import importlib
-import importlib.util
 import io
-import sys
+import itertools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +16,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from benchmark import authors
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
@@ -39,16 +38,6 @@ def small_grids_focus_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # --- the original AudioLDM, AudioLDM 2 and AudioSR code --------------------------------------------------------------
-
-
-def authors(package: str, module: str) -> Any:
-    """A module of the authors' packages, without the package's own __init__, which loads their whole pipelines."""
-    if package not in sys.modules:
-        spec = importlib.util.find_spec(package)
-        assert spec is not None, f"pip install --no-deps {package}, as the README's test command does"
-        sys.modules[package] = types.ModuleType(package)
-        sys.modules[package].__path__ = list(spec.submodule_search_locations or ())
-    return importlib.import_module(f"{package}.{module}")
 
 
 def original_unet(variant: str) -> nn.Module:
@@ -582,13 +571,15 @@ def test_refuses_the_real_classes_that_have_no_frequency_axis(where: str, name: 
     with torch.device("meta"):
         model = getattr(diffusers, name)()
     pipe = types.SimpleNamespace(**{where: model})
-    for target in (model, pipe):
+    for target, call in itertools.product((model, pipe), (litefocus.patch, litefocus.unpatch, litefocus.status)):
         with pytest.raises(TypeError, match=r"litefocus accepts an AudioLDM") as error:
-            litefocus.patch(target, freq_bins=16)
+            call(target)
         assert "\n" not in str(error.value)
-    assert {"unet": "is no 2-D UNet", "transformer": "has a transformer and no 2-D UNet", "vae": "got an object"}[
-        where
-    ] in str(error.value)
+    assert {
+        "unet": "is no 2-D UNet",
+        "transformer": "has a transformer and no 2-D UNet, so its latent has no frequency axis to focus on",
+        "vae": "got an object",
+    }[where] in str(error.value)
 
 
 # --- known to fail without litefocus too -----------------------------------------------------------------------------

@@ -87,20 +87,6 @@ def sequential_offload(pipe: Any) -> None:
     accelerate.cpu_offload(pipe.unet, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("offload", [model_offload, sequential_offload])
-@pytest.mark.parametrize("first", ["offload", "patch"])
-def test_offload(pipe: Any, offload: Callable[[Any], None], first: str) -> None:
-    expected = generate(oracle_of(pipe))
-    if first == "patch":
-        litefocus.patch(pipe, CONFIG)
-    offload(pipe)
-    if first == "offload":
-        litefocus.patch(pipe, CONFIG)
-    assert_same_audio(generate(pipe), expected)
-    litefocus.unpatch(pipe)
-    assert np.abs(generate(pipe) - expected).max() > 1e-3
-
-
 def test_attention_slicing_before(pipe: Any) -> None:
     """What litefocus leaves dense stays sliced."""
     expected = generate(oracle_of(pipe))
@@ -139,7 +125,9 @@ def free_u(pipe: Any) -> None:
     pipe.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
 
 
-@pytest.mark.parametrize("change", [set_backend, cast_layerwise, channels_last, free_u])
+@pytest.mark.parametrize(
+    "change", [set_backend, cast_layerwise, channels_last, free_u, model_offload, sequential_offload]
+)
 @pytest.mark.parametrize("first", ["change", "patch"])
 def test_changes_of_the_unet(pipe: Any, change: Callable[[Any], None], first: str) -> None:
     expected = generate(oracle_of(pipe, change))
@@ -149,6 +137,8 @@ def test_changes_of_the_unet(pipe: Any, change: Callable[[Any], None], first: st
     if first == "change":
         litefocus.patch(pipe, CONFIG)
     assert_same_audio(generate(pipe), expected)
+    litefocus.unpatch(pipe)
+    assert np.abs(generate(pipe) - expected).max() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -12,6 +12,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litefocus.processor import project
+
 
 def is_unet(module: Any) -> bool:
     """Whether `module` is a CompVis-style 2-D UNet."""
@@ -73,10 +75,8 @@ class OriginalAttention:
         if self.forward is not None:
             output = self.forward(hidden_states, encoder_hidden_states, attention_mask)
         elif encoder_hidden_states is None and attention_mask is None:
-            heads = attn.heads if hasattr(attn, "heads") else attn.n_heads
-            projections = (attn.to_q, attn.to_k, attn.to_v)
-            query, key, value = (f(hidden_states).unflatten(-1, (heads, -1)).transpose(1, 2) for f in projections)
-            output = attn.to_out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+            attended = F.scaled_dot_product_attention(*project(attn, hidden_states))
+            output = attn.to_out(attended.transpose(1, 2).flatten(2))
         else:
             output = type(attn).forward(attn, hidden_states, encoder_hidden_states, attention_mask)
         return output
