@@ -5,6 +5,7 @@ from litefocus.clients.tango import set_duration
 from litefocus.config import LiteFocusConfig
 from litefocus.focus import FocusSet, focus_set
 from litefocus.patch import Patch, patch, status, unpatch
+from litefocus.probe import Probe, probe
 from litefocus.processor import LiteFocusAttnProcessor
 from litefocus.report import Status
 
@@ -13,10 +14,12 @@ __all__ = [
     "LiteFocusAttnProcessor",
     "LiteFocusConfig",
     "Patch",
+    "Probe",
     "Status",
     "focus_attention",
     "focus_set",
     "patch",
+    "probe",
     "set_duration",
     "status",
     "unpatch",

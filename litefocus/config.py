@@ -7,7 +7,7 @@ import functools
 import numbers
 import operator
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -116,3 +116,15 @@ class LiteFocusConfig:
                 "same_frequency=False with sparse_ratio=0.0 leaves nothing to attend to; "
                 "set sparse_ratio above 0 or same_frequency=True"
             )
+
+
+def merged_config(owner: str, config: LiteFocusConfig | None, overrides: dict[str, Any]) -> LiteFocusConfig:
+    """`config`, or the defaults, with fields replaced. Raises TypeError in the name of `owner`."""
+    options = [field.name for field in fields(LiteFocusConfig)]
+    refuse_unknown(owner, overrides, [*options, "freq_bins", "freq_axis"])
+    if config is not None and not isinstance(config, LiteFocusConfig):
+        raise TypeError(
+            f"config must be a LiteFocusConfig, got {type(config).__name__}; pass LiteFocusConfig(...), or its fields "
+            "as keywords: litefocus.patch(pipe, sparse_ratio=0.1)"
+        )
+    return replace(config or LiteFocusConfig(), **overrides)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import weakref
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from torch import nn
 
 from litefocus.clients import tango
-from litefocus.config import LiteFocusConfig, refuse_unknown
+from litefocus.config import LiteFocusConfig, merged_config
 from litefocus.focus import FreqAxis, check_freq_axis
 from litefocus.processor import LiteFocusAttnProcessor
 from litefocus.report import LayerStatus, Status, step_flops
@@ -61,14 +61,7 @@ def patch(
     values out of range, for a missing or contradicting `freq_bins` and where no layer qualifies. After an error the
     pipeline is as it was. Warns where the pipeline is known to fail without litefocus too, and names the mend.
     """
-    options = [field.name for field in fields(LiteFocusConfig)]
-    refuse_unknown("patch()", overrides, [*options, "freq_bins", "freq_axis"])
-    if config is not None and not isinstance(config, LiteFocusConfig):
-        raise TypeError(
-            f"config must be a LiteFocusConfig, got {type(config).__name__}; pass LiteFocusConfig(...), or its fields "
-            "as keywords: litefocus.patch(pipe, sparse_ratio=0.1)"
-        )
-    config = replace(config or LiteFocusConfig(), **overrides)
+    config = merged_config("patch()", config, overrides)
     check_freq_axis(freq_axis)
     unet = find_unet(pipe)
     if freq_axis != "width" and geometry_of(pipe) is not None:

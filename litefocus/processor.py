@@ -118,23 +118,9 @@ class LiteFocusAttnProcessor:
             output = self.original(attn, hidden_states, **given)
             return output
 
-        residual = hidden_states
-        # getattr, hasattr: the layers of early diffusers and of the original AudioLDM code lack some of these
-        if getattr(attn, "spatial_norm", None) is not None:
-            hidden_states = attn.spatial_norm(hidden_states, temb)
-        input_shape = hidden_states.shape
-        if len(input_shape) == 4:
-            hidden_states = hidden_states.flatten(2).transpose(1, 2)
-        if getattr(attn, "group_norm", None) is not None:
-            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
-
-        query, key, value = project(attn, hidden_states)
-        if getattr(attn, "norm_q", None) is not None:
-            query = attn.norm_q(query)
-        if getattr(attn, "norm_k", None) is not None:
-            key = attn.norm_k(key)
-
-        focus = _cached_focus_set(self, num_frames, query.device)
+        residual, input_shape = hidden_states, hidden_states.shape
+        query, key, value = attention_inputs(attn, hidden_states, temb)
+        focus = cached_focus_set(self, num_frames, query.device)
         hidden_states = focus_attention(query, key, value, focus)
 
         hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
@@ -148,6 +134,26 @@ class LiteFocusAttnProcessor:
         return hidden_states / rescale
 
 
+def attention_inputs(attn: Any, hidden_states: Tensor, temb: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of a layer's self-attention as diffusers makes them: norms, projections, norms.
+
+    hidden_states: (batch, tokens, channels) or (batch, channels, height, width).
+    """
+    # getattr, hasattr: the layers of early diffusers and of the original AudioLDM code lack some of these
+    if getattr(attn, "spatial_norm", None) is not None:
+        hidden_states = attn.spatial_norm(hidden_states, temb)
+    if hidden_states.ndim == 4:
+        hidden_states = hidden_states.flatten(2).transpose(1, 2)
+    if getattr(attn, "group_norm", None) is not None:
+        hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+    query, key, value = project(attn, hidden_states)
+    if getattr(attn, "norm_q", None) is not None:
+        query = attn.norm_q(query)
+    if getattr(attn, "norm_k", None) is not None:
+        key = attn.norm_k(key)
+    return query, key, value
+
+
 def project(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value of a layer's self-attention, each (batch, heads, tokens, head_dim)."""
     heads = attn.heads if hasattr(attn, "heads") else attn.n_heads
@@ -156,7 +162,7 @@ def project(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-def _cached_focus_set(processor: LiteFocusAttnProcessor, num_frames: int, device: torch.device) -> FocusSet:
+def cached_focus_set(processor: LiteFocusAttnProcessor, num_frames: int, device: torch.device) -> FocusSet:
     """The layer's focus set on `device`, built at the first call for a length."""
     cache = processor._focus_sets
     focus = cache.get((num_frames, device))
@@ -182,4 +188,4 @@ def _cached_focus_set(processor: LiteFocusAttnProcessor, num_frames: int, device
 
 # What torch.compiler.assume_constant_result does, without loading the compiler at import (2 s): torch.compile then
 # takes the index as a constant of the graph, where building it inside would break the graph.
-_cached_focus_set._dynamo_marked_constant = True  # type: ignore[attr-defined]
+cached_focus_set._dynamo_marked_constant = True  # type: ignore[attr-defined]

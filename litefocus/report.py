@@ -1,4 +1,4 @@
-"""The table of what each layer does, and the estimate of what that saves."""
+"""Tables: what each layer does, with the estimate of what that saves."""
 
 from __future__ import annotations
 
@@ -86,18 +86,28 @@ class Status:
         return [header, *rows]
 
     def __repr__(self) -> str:
-        table = self._table()
-        widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
-        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table)
-        return "\n".join([*self._summary(), *(line.rstrip() for line in lines)])
+        return as_text(self._summary(), self._table())
 
     def _repr_html_(self) -> str:
-        def row(cells: tuple[str, ...], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        return as_html(self._summary(), self._table())
 
-        header, *rows = self._table()
-        summary = "<br>".join(html.escape(line) for line in self._summary())
-        return f"<p>{summary}</p><table>{row(header, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>"
+
+def as_text(summary: list[str], table: list[tuple[str, ...]]) -> str:
+    """Lines of summary, then a table in columns; its first row is the header."""
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table)
+    return "\n".join([*summary, *(line.rstrip() for line in lines)])
+
+
+def as_html(summary: list[str], table: list[tuple[str, ...]]) -> str:
+    """The same for notebooks."""
+
+    def row(cells: tuple[str, ...], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    header, *rows = table
+    top = "<br>".join(html.escape(line) for line in summary)
+    return f"<p>{top}</p><table>{row(header, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>"
 
 
 def step_flops(

@@ -110,6 +110,20 @@ CLASSES: dict[str, SoundClass] = {
     ),
 }
 CLASS_NAMES = tuple(CLASSES)
+
+# Recordings that no training scene of the pipeline, or of the judge, holds: those held out, and others marked CC0.
+STRANGERS: tuple[str, ...] = (
+    *("ambi_dark_woosh", "ambi_glass_rub", "ambi_piano", "ambi_soft_buzz", "ambi_swoosh", "bass_hit_c"),
+    *("bass_trance_c", "bass_voxy_hit_c", "bd_ada", "bd_boom", "bd_pure", "bd_sone", "bd_zum", "drum_bass_hard"),
+    *("drum_bass_soft", "drum_cymbal_pedal", "drum_roll", "drum_snare_soft", "drum_splash_soft"),
+    *("drum_tom_hi_soft", "drum_tom_lo_soft", "drum_tom_mid_soft", "elec_beep", "elec_blip", "elec_blip2"),
+    *("elec_blup", "elec_bong", "elec_cymbal", "elec_flip", "elec_fuzz_tom", "elec_hollow_kick", "elec_mid_snare"),
+    *("elec_plip", "elec_pop", "elec_soft_kick", "elec_tick", "elec_triangle", "elec_twang", "elec_twip"),
+    *("elec_wood", "loop_compus", "loop_garzul", "loop_industrial", "loop_mika", "loop_safari", "loop_tabla"),
+    *("misc_burp", "misc_cineboom", "perc_snap", "perc_snap2", "perc_swash", "perc_till", "sn_zome"),
+    *("tabla_ghe4", "tabla_ghe6", "tabla_ghe7", "tabla_ghe8", "tabla_ke1", "tabla_ke2", "tabla_ke3", "tabla_na_s"),
+    *("tabla_tas3", "tabla_te2", "tabla_te_ne", "tabla_tun3", "vinyl_backspin", "vinyl_rewind", "vinyl_scratch"),
+)
 TEMPO_NAMES = tuple(TEMPI)
 
 TEMPO_WORDS = {"slow": ("slow", "calm"), "medium": ("medium", "moderate"), "fast": ("fast", "quick")}
@@ -318,6 +332,22 @@ def scene(
     return (out * (loudness / (np.abs(out).max() + 1e-9))).astype(np.float32)
 
 
+def stranger(bank: Bank, name: str, tempo: str, rng: np.random.Generator, seconds: float = CLIP_SECONDS) -> Wave:
+    """Steady hits of one of `STRANGERS`, from any place in a long one, off the grid: mono, (seconds * 16000,)."""
+    length = round(seconds * SAMPLE_RATE)
+    beat = int(rng.uniform(0.92, 1.08) * TEMPI[tempo] * LATENT_HOP)
+    sound = bank.get(name, float(rng.integers(-2, 3)))
+    offset = int(rng.integers(max(1, len(sound) - 2 * SAMPLE_RATE)))
+    hit = _hit(sound[offset:], beat, rng.uniform(0.3, 1.5))
+    accents = ACCENTS[int(rng.integers(len(ACCENTS)))]
+    out = np.zeros(length + 8 * beat, np.float32)
+    for index in range(length // beat + 5):
+        out[index * beat :][: len(hit)] += accents[index % 4] * hit
+    out = out[int(rng.integers(4 * beat)) :][:length]
+    loudness = 0.7 * 10.0 ** (rng.uniform(-5.0, 0.0) / 20.0)
+    return (out * (loudness / (np.abs(out).max() + 1e-9))).astype(np.float32)
+
+
 def balanced(count: int) -> list[tuple[str, str]]:
     """`count` pairs of class and tempo, all 36 in turn."""
     pairs = [(s, t) for s in CLASS_NAMES for t in TEMPO_NAMES]
@@ -355,13 +385,17 @@ def write_manifest(bank: Bank, copyright_file: Path, target: Path) -> None:
     with target.open("w", newline="") as stream:
         rows = csv.writer(stream, lineterminator="\n")
         rows.writerow(["file", "class", "split", "seconds", "author", "source", "licence"])
-        for sound, spec in CLASSES.items():
-            split = "train" if spec.held_out else "both"
-            for name in spec.train + spec.held_out:
-                entry = notes[f"{name}.flac"]
-                if entry["License"].strip() != "CC0":
-                    raise ValueError(f"{name}.flac is marked {entry['License']}, not CC0")
-                seconds = soundfile.info(bank.folder / f"{name}.flac").duration
-                part = "held_out" if name in spec.held_out else split
-                author = entry["Copyright"].strip()
-                rows.writerow([f"{name}.flac", sound, part, f"{seconds:.2f}", author, entry["Source"], "CC0"])
+        listed = [
+            (name, sound, "held_out" if name in spec.held_out else "train" if spec.held_out else "both")
+            for sound, spec in CLASSES.items()
+            for name in spec.train + spec.held_out
+        ]
+        known = {name for name, _, _ in listed}
+        listed += [(name, "-", "embedder") for name in STRANGERS if name not in known]
+        for name, sound, split in listed:
+            entry = notes[f"{name}.flac"]
+            if entry["License"].strip() != "CC0":
+                raise ValueError(f"{name}.flac is marked {entry['License']}, not CC0")
+            seconds = soundfile.info(bank.folder / f"{name}.flac").duration
+            author = entry["Copyright"].strip()
+            rows.writerow([f"{name}.flac", sound, split, f"{seconds:.2f}", author, entry["Source"], "CC0"])

@@ -1,7 +1,10 @@
-"""Name the class and the tempo of a waveform: a small CNN trained on real scenes only, never on generated ones.
+"""Those who listen: small CNNs trained on real scenes only, never on generated ones.
 
 from judge import classify
 classify(waveform)      # ("tabla", "fast")
+
+The judge names class and tempo. The embedder, for Fréchet distances, was trained to tell recordings apart of which the
+pipeline, and the judge, never heard one.
 """
 
 import json
@@ -13,9 +16,11 @@ import numpy.typing as npt
 import torch
 from mel import CLIP_SAMPLES, LogMel
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 WEIGHTS = Path(__file__).with_name("classifier.safetensors")
+EMBEDDER_WEIGHTS = Path(__file__).with_name("embedder.safetensors")
 
 
 class Judge(nn.Module):
@@ -41,7 +46,8 @@ class Judge(nn.Module):
             nn.Linear(curves * self.lags, 48), nn.ReLU(), nn.Dropout(0.2), nn.Linear(48, tempi)
         )
 
-    def forward(self, mel: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, mel: Tensor) -> tuple[Tensor, Tensor]:
+        """What the heads see: (B, 768) of timbre, (B, curves * lags) of rhythm. `mel` may have other even lengths."""
         early = self.early((mel + 6.5) / 3.3)  # (B, 24, 256, 16)
         late = self.late(early)  # (B, 96, 32, 4)
         pooled = torch.cat([late.mean(dim=2), late.amax(dim=2)], dim=1).flatten(1)
@@ -49,8 +55,30 @@ class Judge(nn.Module):
         curves = curves - curves.mean(dim=2, keepdim=True)
         power = torch.fft.rfft(curves, n=2 * curves.shape[2]).abs().square()
         echo = torch.fft.irfft(power)[:, :, : self.lags]
-        echo = echo / (echo[:, :, :1] + 1e-4)
-        return self.class_head(pooled), self.tempo_head(echo.flatten(1))
+        return pooled, (echo / (echo[:, :, :1] + 1e-4)).flatten(1)
+
+    def forward(self, mel: Tensor) -> tuple[Tensor, Tensor]:
+        pooled, echo = self.features(mel)
+        return self.class_head(pooled), self.tempo_head(echo)
+
+
+class Embedder(Judge):
+    """Log-mel (B, 1, frames, 64) -> (B, 48): 32 numbers of timbre, 16 of rhythm.
+
+    A judge of recordings and tempi with narrow heads; their first layers' outputs are the embedding.
+    """
+
+    def __init__(self, recordings: int, tempi: int = 3) -> None:
+        super().__init__(recordings, tempi)
+        self.class_head = nn.Sequential(nn.Linear(2 * 96 * 4, 32), nn.ReLU(), nn.Linear(32, recordings))
+        self.tempo_head = nn.Sequential(
+            nn.Linear(self.curves.out_channels * self.lags, 16), nn.ReLU(), nn.Linear(16, tempi)
+        )
+
+    def embed(self, mel: Tensor) -> Tensor:
+        """The embedding, before the first non-linearity of either head."""
+        pooled, echo = self.features(mel)
+        return torch.cat([self.class_head[0](pooled), self.tempo_head[0](echo)], dim=1)
 
 
 @lru_cache(maxsize=1)
@@ -62,6 +90,14 @@ def load_judge(weights: Path = WEIGHTS) -> tuple[Judge, tuple[str, ...], tuple[s
     judge = Judge(len(names["classes"]), len(names["tempi"]))
     judge.load_state_dict({key: v.float() if v.is_floating_point() else v for key, v in state.items()})
     return judge.eval(), tuple(names["classes"]), tuple(names["tempi"])
+
+
+def load_embedder(weights: Path = EMBEDDER_WEIGHTS) -> Embedder:
+    """The trained embedder."""
+    state = {key: value.float() if value.is_floating_point() else value for key, value in load_file(weights).items()}
+    embedder = Embedder(len(state["class_head.2.bias"]))
+    embedder.load_state_dict(state)
+    return embedder.eval()
 
 
 def window_probabilities(

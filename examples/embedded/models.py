@@ -6,6 +6,7 @@ The text side (CLAP, T5, GPT-2) is random and frozen; T5 has one token per word 
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -97,19 +98,23 @@ def new_vocoder() -> SpeechT5HifiGan:
     return vocoder
 
 
-def new_unet(widths: tuple[int, int, int, int] = (32, 48, 64, 96), heads: int = 2) -> AudioLDM2UNet2DConditionModel:
-    """Noisy latent (B, 8, T, 16) -> v (B, 8, T, 16), told by GPT-2's and T5's token embeddings."""
+def new_unet(widths: Sequence[int] = (32, 48, 64, 96), heads: int = 2) -> AudioLDM2UNet2DConditionModel:
+    """Noisy latent (B, 8, T, 16) -> v (B, 8, T, 16), told by GPT-2's and T5's token embeddings.
+
+    widths: channels of every level; all but the first have attention.
+    """
+    lower = len(widths) - 1
     return AudioLDM2UNet2DConditionModel(
         sample_size=128,
         in_channels=8,
         out_channels=8,
-        block_out_channels=widths,
+        block_out_channels=tuple(widths),
         layers_per_block=1,
         norm_num_groups=8,
         attention_head_dim=heads,  # diffusers' name for the number of heads
-        cross_attention_dim=((None, GPT_DIM, T5_DIM),) * 4,
-        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 3,
-        up_block_types=("CrossAttnUpBlock2D",) * 3 + ("UpBlock2D",),
+        cross_attention_dim=((None, GPT_DIM, T5_DIM),) * len(widths),
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * lower,
+        up_block_types=("CrossAttnUpBlock2D",) * lower + ("UpBlock2D",),
     )
 
 

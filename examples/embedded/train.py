@@ -3,9 +3,10 @@
     python train.py vae --samples DIR            # log-mel autoencoder
     python train.py vocoder --samples DIR        # log-mel to waveform
     python train.py classifier --samples DIR     # the judge: class and tempo of a waveform
+    python train.py embedder --samples DIR       # its ears for Fréchet distances, on recordings of their own
     python train.py unet --samples DIR           # the denoiser, on latents of the trained VAE
     python train.py export                       # pipeline/ and classifier.safetensors, fp16
-    python evaluate.py --samples DIR             # the figures of README.md, results.json
+    python figures.py --samples DIR              # the figures of README.md, results.json
 
 DIR holds the flac files of Debian's sonic-pi-samples. Every training stage stops after `--minutes`, writes a
 checkpoint to `--work` once a minute and goes on from it when started again. The learning rate follows the
@@ -26,9 +27,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from data import ASIDES, CLASS_NAMES, GRID, TEMPO_NAMES, Bank, Wave, balanced, prompts, scenes, write_manifest
+from data import (
+    ASIDES,
+    CLASS_NAMES,
+    GRID,
+    STRANGERS,
+    TEMPO_NAMES,
+    Bank,
+    Wave,
+    balanced,
+    prompts,
+    scenes,
+    stranger,
+    write_manifest,
+)
 from diffusers import AudioLDM2Pipeline, AutoencoderKL
-from judge import Judge
+from judge import Embedder, Judge
 from mel import CLIP_SECONDS, HOP, LOG_FLOOR, N_MELS, LogMel
 from models import new_pipeline, new_scheduler, new_unet, new_vae, new_vocoder
 from safetensors.torch import save_file
@@ -258,10 +272,24 @@ def vocoder_error(vocoder: SpeechT5HifiGan, args: argparse.Namespace) -> float:
 def train_classifier(args: argparse.Namespace) -> None:
     torch.manual_seed(3)
     waves, labels = scenes(bank_of(args), 2160, seed=33, on_grid=False)
-    mels = log_mels(waves)
-    sound = torch.tensor([CLASS_NAMES.index(s) for s, _ in labels])
-    tempo = torch.tensor([TEMPO_NAMES.index(t) for _, t in labels])
+    sounds = torch.tensor([CLASS_NAMES.index(s) for s, _ in labels])
+    tempi = torch.tensor([TEMPO_NAMES.index(t) for _, t in labels])
     judge = Judge(len(CLASS_NAMES), len(TEMPO_NAMES))
+    train_judge(judge, "classifier", log_mels(waves), sounds, tempi, args)
+
+
+def train_embedder(args: argparse.Namespace) -> None:
+    torch.manual_seed(5)
+    bank, rng = bank_of(args), np.random.default_rng(55)
+    pairs = [(i, j) for i in range(len(STRANGERS)) for j in range(len(TEMPO_NAMES))] * 10
+    waves = np.stack([stranger(bank, STRANGERS[i], TEMPO_NAMES[j], rng) for i, j in pairs])
+    sounds, tempi = torch.tensor(pairs).unbind(1)
+    embedder = Embedder(len(STRANGERS), len(TEMPO_NAMES))
+    train_judge(embedder, "embedder", log_mels(waves), sounds, tempi, args)
+
+
+def train_judge(judge: Judge, name: str, mels: Tensor, sounds: Tensor, tempi: Tensor, args: argparse.Namespace) -> None:
+    """Teach `judge` to tell sounds and tempi of mels (scenes, 1, frames, bins), changed in pitch, colour and noise."""
     rng = np.random.default_rng(int(time.time()))
     entropy = nn.functional.cross_entropy
 
@@ -271,20 +299,17 @@ def train_classifier(args: argparse.Namespace) -> None:
         tilt = torch.randn(32, 1, 1, 1) * torch.linspace(-0.5, 0.5, N_MELS)
         floor = -11.5 + 5.0 * torch.rand(32, 1, 1, 1)  # a vocoder's silence is not digital silence
         mel = torch.logaddexp(mel + tilt + 0.5 * torch.randn(32, 1, 1, 1), floor) + 0.2 * torch.randn_like(mel)
-        class_logits, tempo_logits = judge(mel)
+        sound_logits, tempo_logits = judge(mel)
         terms = {
-            "class": entropy(class_logits, sound[index], label_smoothing=0.05),
-            "tempo": entropy(tempo_logits, tempo[index], label_smoothing=0.05),
+            "class": entropy(sound_logits, sounds[index], label_smoothing=0.05),
+            "tempo": entropy(tempo_logits, tempi[index], label_smoothing=0.05),
         }
         return {"loss": terms["class"] + terms["tempo"], **{k: v.detach() for k, v in terms.items()}}
 
-    average = fit("classifier", judge, loss_of, args, peak_rate=2e-3, minutes=args.minutes or 5.0, ema_decay=0.99)
-    for (
-        name,
-        buffer,
-    ) in judge.named_buffers():  # the running statistics of batch norm are not averaged by `fit`
-        average.get_buffer(name).copy_(buffer)
-    torch.save(average.state_dict(), Path(args.work) / "judge.pt")
+    average = fit(name, judge, loss_of, args, peak_rate=2e-3, minutes=args.minutes or 5.0, ema_decay=0.99)
+    for key, buffer in judge.named_buffers():  # the running statistics of batch norm are not averaged by `fit`
+        average.get_buffer(key).copy_(buffer)
+    torch.save(average.state_dict(), Path(args.work) / f"{name}_average.pt")
 
 
 # ------------------------------------------------------------------------------------------------------ UNet
@@ -350,11 +375,11 @@ class Conditions:
 
 
 def train_unet(args: argparse.Namespace) -> None:
-    torch.manual_seed(4)
+    torch.manual_seed(args.seed)
     work = Path(args.work)
     vae = AutoencoderKL.from_pretrained(work / "vae")
     latents, labels = latents_of(args, vae, args.scenes)
-    unet = new_unet()
+    unet = new_unet(args.widths)
     conditions = Conditions.encode(new_pipeline(vae, new_vocoder(), unet))
     kept = new_scheduler().alphas_cumprod
     rng = np.random.default_rng([int(time.time()), os.getpid()])
@@ -363,7 +388,7 @@ def train_unet(args: argparse.Namespace) -> None:
 
     def loss_of(progress: float) -> dict[str, Tensor]:
         # Half-length clips first: the same sounds and beats at half the cost. Whole clips for the last quarter.
-        frames, size = (64, 8) if progress < 0.75 else (128, 5)
+        frames, size = (64, 8) if progress < args.half_length else (128, 5)
         chosen = rng.integers(len(latents), size=size)
         starts = GRID * rng.integers((latents.shape[2] - frames) // GRID + 1, size=size)
         clean = torch.stack([latents[i, :, t : t + frames] for i, t in zip(chosen, starts, strict=True)]).float()
@@ -375,7 +400,7 @@ def train_unet(args: argparse.Namespace) -> None:
         error = (v - (signal * noise - noise_level * clean)).square().mean(dim=(1, 2, 3))
         return {"loss": error.mean(), "noisy": error[3 * size // 4 :].mean().detach()}
 
-    fit("unet", unet, loss_of, args, peak_rate=1e-3, minutes=args.minutes or 112.0, ema_decay=0.998)
+    fit(args.name, unet, loss_of, args, peak_rate=1e-3, minutes=args.minutes or 112.0, ema_decay=0.998)
 
 
 # ---------------------------------------------------------------------------------------------------- export
@@ -388,10 +413,10 @@ def export(args: argparse.Namespace) -> None:
     def averaged(name: str) -> dict[str, Tensor]:
         return torch.load(work / f"{name}.pt", weights_only=True)["average"]
 
-    vae, vocoder, unet = AutoencoderKL.from_pretrained(work / "vae"), new_vocoder(), new_unet()
+    vae, vocoder, unet = AutoencoderKL.from_pretrained(work / "vae"), new_vocoder(), new_unet(args.widths)
     vocoder.load_state_dict(averaged("vocoder"))
-    unet.load_state_dict(averaged("unet"))
-    folder = here / "pipeline"
+    unet.load_state_dict(averaged(args.name))
+    folder = Path(args.output)
     shutil.rmtree(folder, ignore_errors=True)
     new_pipeline(vae, vocoder, unet).to(torch.float16).save_pretrained(folder)
     for file in folder.glob("*/config.json"):  # fp16 on disk, float32 in memory unless asked otherwise
@@ -410,10 +435,11 @@ def export(args: argparse.Namespace) -> None:
         for key in ("extra_special_tokens", "backend", "is_local", "local_files_only"):
             config.pop(key, None)
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    judge = torch.load(work / "judge.pt", weights_only=True)
     names = json.dumps({"classes": CLASS_NAMES, "tempi": TEMPO_NAMES})
-    half = {key: value.half() if value.is_floating_point() else value for key, value in judge.items()}
-    save_file(half, here / "classifier.safetensors", metadata={"names": names})
+    for name in ("classifier", "embedder"):
+        state = torch.load(work / f"{name}_average.pt", weights_only=True)
+        half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+        save_file(half, here / f"{name}.safetensors", metadata={"names": names})
     if args.copyright:
         write_manifest(bank_of(args), Path(args.copyright), here / "manifest.csv")
     print(f"{sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()) / 1e6:.1f} MB in {folder}")
@@ -425,6 +451,7 @@ STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
     "vae": train_vae,
     "vocoder": train_vocoder,
     "classifier": train_classifier,
+    "embedder": train_embedder,
     "unet": train_unet,
     "export": export,
 }
@@ -437,6 +464,14 @@ def main() -> None:
     parser.add_argument("--work", default="work", help="folder for checkpoints (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help="training time (default: what the shipped weights had)")
     parser.add_argument("--scenes", type=int, default=1440, help="training scenes of the UNet (default: %(default)s)")
+    parser.add_argument("--name", default="unet", help="unet, export: name of the checkpoint (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=4, help="unet: seed of the first weights (default: %(default)s)")
+    parser.add_argument(
+        "--widths", type=int, nargs="+", default=(32, 48, 64, 96), help="unet, export: channels of every level"
+    )
+    parser.add_argument(
+        "--half-length", type=float, default=0.75, help="unet: share of the time on half-length clips (default: 0.75)"
+    )
     parser.add_argument("--copyright", help="export: copyright file of the package; rewrites manifest.csv")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     args = parser.parse_args()
