@@ -29,6 +29,12 @@ class FocusSet:
     queries: (groups, queries_per_group). Together the groups hold every token, some twice where time windows overlap.
     keys: (groups, keys_per_query). The tokens that every query of the group attends to, each once.
     inverse: (tokens,). Where in `queries.flatten()` the output of token i is read: undoes the grouping.
+
+    >>> focus = focus_set(num_frames=3, freq_bins=2, config=LiteFocusConfig(sparse_ratio=0))
+    >>> focus.queries.tolist()  # a group for every bin
+    [[0, 2, 4], [1, 3, 5]]
+    >>> torch.equal(focus.queries.flatten()[focus.inverse], torch.arange(6))
+    True
     """
 
     queries: Tensor

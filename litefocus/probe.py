@@ -69,19 +69,14 @@ def probe(
     of the block if it saw no self-attention call, as with a UNet that was compiled before.
     Source: the paper's observation that attention mass lies on the query's own frequency (arXiv 2407.10468).
 
-    >>> import torch
-    >>> from diffusers import AudioLDM2UNet2DConditionModel
     >>> import litefocus
-    >>> unet = AudioLDM2UNet2DConditionModel(
-    ...     block_out_channels=(8, 8), norm_num_groups=4, attention_head_dim=2, cross_attention_dim=((None, 4),) * 2,
-    ...     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), layers_per_block=1,
-    ...     up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), in_channels=8, out_channels=8,
-    ... )
-    >>> latent, text = torch.randn(1, 8, 64, 16), torch.randn(1, 3, 4)
-    >>> with litefocus.probe(unet, freq_bins=16) as probe, torch.no_grad():
-    ...     _ = unet(latent, 1, encoder_hidden_states=text)
-    >>> probe.layers[0].freq_bins, probe.layers[0].frames, probe.layers[0].own_bin.even
-    (8, 32, 0.125)
+    >>> from diffusers import AudioLDM2Pipeline
+    >>> pipe = AudioLDM2Pipeline.from_pretrained("examples/embedded/pipeline")
+    >>> with litefocus.probe(pipe) as probe:
+    ...     audio = pipe("a slow bell", audio_length_in_s=2.0, num_inference_steps=1).audios[0]
+    >>> first = probe.layers[0]
+    >>> first.freq_bins, first.frames, first.own_bin.even, 0 < first.own_bin.mass < 1
+    (8, 25, 0.125, True)
     """
     config = merged_config("probe()", config, overrides)
     check_freq_axis(freq_axis)
@@ -98,6 +93,13 @@ class Probe:
     """What `litefocus.probe` returns: measures inside of its `with` block, prints as a table, in notebooks too.
 
     layers: a `LayerProbe` for every self-attention layer, in the UNet's order, as far as it has been measured.
+
+    >>> import litefocus
+    >>> from diffusers import AudioLDM2Pipeline
+    >>> pipe = AudioLDM2Pipeline.from_pretrained("examples/embedded/pipeline")
+    >>> probe = litefocus.probe(pipe)  # nothing measured yet
+    >>> probe.layers[0].freq_bins, probe.layers[0].calls, probe.layers[0].own_bin
+    (8, 0, None)
     """
 
     def __init__(self, unet: str, config: LiteFocusConfig, measured: list[_Measured]) -> None:

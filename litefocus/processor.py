@@ -36,6 +36,13 @@ class LiteFocusAttnProcessor:
     Calls take and return what diffusers' `AttnProcessor2_0` does: hidden_states (batch, tokens, channels), or
     (batch, channels, height, width). Raises ValueError if the tokens of a call are no multiple of `freq_bins`.
     Source of the protocol: `AttnProcessor2_0.__call__` in diffusers/models/attention_processor.py.
+
+    >>> import torch
+    >>> from diffusers.models.attention_processor import Attention
+    >>> attn = Attention(query_dim=16, heads=2, dim_head=8)
+    >>> attn.set_processor(LiteFocusAttnProcessor(attn.processor, layer="attn1", freq_bins=8))
+    >>> attn(torch.randn(1, 100 * 8, 16)).shape  # 100 frames x 8 bins
+    torch.Size([1, 800, 16])
     """
 
     def __init__(

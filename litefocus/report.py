@@ -50,6 +50,13 @@ class Status:
     unet: class name. config: settings of the installed patch, None where there is none.
     layers: one row for every self-attention layer, in the UNet's order.
     seconds, flops: the length asked for, and the step's estimated arithmetic at that length.
+
+    >>> row = LayerStatus("mid_block.attentions.0", freq_bins=2, state="dense", frames=None, keys_kept=None)
+    >>> Status("UNet2DConditionModel", None, (row,))
+    LiteFocus on UNet2DConditionModel: 0 of 1 self-attention layers focus
+    not installed
+    layer                   freq bins  does
+    mid_block.attentions.0  2          dense
     """
 
     unet: str

@@ -1,4 +1,4 @@
-"""Lint, format and types, so that one command checks everything."""
+"""Lint, format, types and documentation, so that one command checks everything."""
 
 import importlib.util
 import subprocess
@@ -7,13 +7,20 @@ from pathlib import Path
 
 import pytest
 
+import litefocus
+
 ROOT = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.skipif(
+
+@pytest.mark.parametrize("name", litefocus.__all__)
+def test_every_public_name_has_an_example(name: str) -> None:
+    """Which `--doctest-modules` then runs."""
+    assert ">>> " in getattr(litefocus, name).__doc__
+
+
+@pytest.mark.skipif(
     importlib.util.find_spec("ruff") is None, reason="the test extra with ruff and mypy is not installed"
 )
-
-
 @pytest.mark.parametrize("check", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=" ".join)
 def test_style(check: list[str]) -> None:
     result = subprocess.run([sys.executable, "-m", *check], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -43,6 +43,12 @@ def set_duration(tango: Any, seconds: float | None) -> None:
 
     Independent of `patch`; but it is the long clips that get faster by it.
     Raises TypeError for any other object and for what is no number, ValueError for a length that is not above 0.
+
+    >>> from types import SimpleNamespace
+    >>> tango = SimpleNamespace(model=SimpleNamespace(prepare_latents=print))  # stands for a loaded one
+    >>> set_duration(tango, 80)
+    >>> tango.model.prepare_latents.num_frames
+    2000
     """
     model: Any = getattr(tango, "model", None)
     if not callable(getattr(model, "prepare_latents", None)):
