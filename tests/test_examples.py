@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import generate
+import minutes
 import nbclient
 import nbformat
 import numpy as np
 import pytest
 import soundfile
+import torch
 from diffusers import AudioLDM2Pipeline
 from judge import classify
 
@@ -95,3 +97,28 @@ def test_the_embedded_pipeline_stays_small() -> None:
     files = [path for path in (ROOT / "examples" / "embedded").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 25e6
     assert {path.suffix for path in files if path.stat().st_size > 1e5} == {".safetensors"}
+
+
+def test_decoding_in_windows_is_all_but_the_same() -> None:
+    pipe = AudioLDM2Pipeline.from_pretrained(ROOT / "examples" / "embedded" / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    latents = pipe("a fast tabla rhythm", audio_length_in_s=10.24, num_inference_steps=8, output_type="latent").audios
+    scaled = latents / pipe.vae.config.scaling_factor
+    with torch.inference_mode():
+        whole = pipe.vae.decode(scaled).sample
+        mels = minutes.in_windows(lambda x: pipe.vae.decode(x).sample, scaled, 4, window=128, overlap=16)
+        exact = pipe.vocoder(whole[:, 0]).numpy()[:, : 160 * whole.shape[2]]  # which ends a little later
+    assert mels.shape == whole.shape
+    assert (mels - whole).abs().mean() < 0.1  # nats; group norms see a window where they saw the clip
+    seam = slice(511, 513)
+    assert (mels - whole)[:, :, seam].abs().mean() < 0.1
+    np.testing.assert_allclose(minutes.vocode(pipe, whole, window=300), exact, atol=1e-5)
+    assert np.array_equal(minutes.decode(pipe, latents, window=10**6), exact)
+    assert minutes.decode(pipe, latents, window=100, overlap=8).shape == exact.shape
+
+
+def test_clips_of_minutes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "clip.wav"
+    minutes.main(["a slow bell", "--seconds", "45", "--steps", "2", "--output", str(output)])
+    assert soundfile.info(output).frames == 45 * 16000
+    assert "45 s of audio in" in capsys.readouterr().out
