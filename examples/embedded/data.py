@@ -398,4 +398,4 @@ def write_manifest(bank: Bank, copyright_file: Path, target: Path) -> None:
                 raise ValueError(f"{name}.flac is marked {entry['License']}, not CC0")
             seconds = soundfile.info(bank.folder / f"{name}.flac").duration
             author = entry["Copyright"].strip()
-            rows.writerow([f"{name}.flac", sound, split, f"{seconds:.2f}", author, entry["Source"], "CC0"])
+            rows.writerow([f"{name}.flac", sound, split, f"{seconds:.2f}", author, entry.get("Source", "-"), "CC0"])

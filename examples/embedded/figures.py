@@ -1,7 +1,7 @@
 """Measure the exported pipeline: reconstruction errors, and what the judge hears in real and generated clips.
 
-    python evaluate.py --samples DIR                 # everything; writes results.json
-    python evaluate.py --only native --clips 36      # generated clips of native length alone
+    python figures.py --samples DIR                 # everything; writes results.json
+    python figures.py --only native --clips 36      # generated clips of native length alone
 
 Generated clips go the whole road: prompt, denoiser, VAE, vocoder, waveform, log-mel, judge.
 """
