@@ -181,18 +181,28 @@ def load(args: argparse.Namespace) -> AudioLDM2Pipeline:
     return pipe
 
 
+def digest(*tensors: Tensor) -> str:
+    """Of these numbers, to the bit."""
+    every = hashlib.sha256()
+    for tensor in tensors:
+        every.update(tensor.detach().float().contiguous().numpy().tobytes())
+    return every.hexdigest()
+
+
 def fingerprint(pipe: AudioLDM2Pipeline, times: int) -> str:
-    """Of what the UNet computes at this length, to the bit, and of the weights that decode it."""
+    """Of what the UNet computes at this length."""
     draw = torch.Generator().manual_seed(0)
     latent = torch.randn(2, 8, times * NATIVE, 16, generator=draw)
     text = {"encoder_hidden_states": torch.randn(2, 8, 32, generator=draw)}
     text |= {"encoder_hidden_states_1": torch.randn(2, 6, 64, generator=draw)}
     torch.manual_seed(0)  # the published arithmetic draws from the global generator
     with torch.inference_mode():
-        out = pipe.unet(latent, 500, **text, return_dict=False)[0]
-    decoder = torch.cat([weight.flatten() for weight in pipe.vae.parameters()])
-    digest = hashlib.sha256(out.float().numpy().tobytes() + decoder.float().detach().numpy().tobytes())
-    return digest.hexdigest()
+        return digest(pipe.unet(latent, 500, **text, return_dict=False)[0])
+
+
+def kept_file(args: argparse.Namespace, *key: Any) -> Path:
+    """Where --work keeps what was made from `key`."""
+    return Path(args.work) / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.pt"
 
 
 def generate(pipe: AudioLDM2Pipeline, name: str, times: int, args: argparse.Namespace) -> Tensor:
@@ -203,8 +213,9 @@ def generate(pipe: AudioLDM2Pipeline, name: str, times: int, args: argparse.Name
     rng = np.random.default_rng(args.seed)
     texts = {pair: options[rng.integers(len(options))] for pair in labels_of(36) for options in [prompts(*pair)]}
     with method.on(pipe) as callback:
-        key = [fingerprint(pipe, times), method.fresh, times, count, args.steps, args.guidance, args.seed, args.dtype]
-        file = Path(args.work) / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.pt"
+        does, decodes = fingerprint(pipe, times), digest(*pipe.vae.parameters())
+        sampling = (args.steps, args.guidance, args.seed, args.dtype)
+        file = kept_file(args, does, decodes, method.fresh, times, count, *sampling)
         if file.exists():
             mels: Tensor = torch.load(file, weights_only=True)
             return mels.float()
@@ -237,8 +248,7 @@ def generate(pipe: AudioLDM2Pipeline, name: str, times: int, args: argparse.Name
 
 def real(pipe: AudioLDM2Pipeline, count: int, times: int, seed: int, args: argparse.Namespace) -> Tensor:
     """Mel spectrograms of real scenes, through the VAE as the generated ones are; kept in --work too."""
-    key = [fingerprint(pipe, 1), "real", count, times, seed]
-    file = Path(args.work) / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.pt"
+    file = kept_file(args, "real", digest(*pipe.vae.parameters()), count, times, seed)
     if not file.exists():
         bank, parts, labels = Bank(Path(args.samples)), [], labels_of(count)
         for i in tqdm(range(count), desc=f"real scenes, {times}x", mininterval=10):

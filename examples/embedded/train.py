@@ -437,6 +437,8 @@ def export(args: argparse.Namespace) -> None:
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     names = json.dumps({"classes": CLASS_NAMES, "tempi": TEMPO_NAMES})
     for name in ("classifier", "embedder"):
+        if not (work / f"{name}_average.pt").exists():
+            continue
         state = torch.load(work / f"{name}_average.pt", weights_only=True)
         half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
         save_file(half, here / f"{name}.safetensors", metadata={"names": names})
@@ -464,6 +466,9 @@ def main() -> None:
     parser.add_argument("--work", default="work", help="folder for checkpoints (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help="training time (default: what the shipped weights had)")
     parser.add_argument("--scenes", type=int, default=1440, help="training scenes of the UNet (default: %(default)s)")
+    parser.add_argument(
+        "--output", default=str(Path(__file__).parent / "pipeline"), help="export: folder (default: %(default)s)"
+    )
     parser.add_argument("--name", default="unet", help="unet, export: name of the checkpoint (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=4, help="unet: seed of the first weights (default: %(default)s)")
     parser.add_argument(
