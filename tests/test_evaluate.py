@@ -1,0 +1,212 @@
+"""The evaluation: its methods, its measures, and a small run of all of it on made-up recordings."""
+
+import json
+import math
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import pytest
+import scipy.linalg
+import soundfile
+import torch
+from data import CLASS_NAMES, CLASSES, TEMPO_NAMES
+from diffusers import AudioLDM2Pipeline
+from evaluate import METHODS, Heard, Reference, compare, labels_of, listen, measures, verdict
+from torch import Tensor
+
+import litefocus
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> AudioLDM2Pipeline:
+    pipe = AudioLDM2Pipeline.from_pretrained(ROOT / "examples" / "embedded" / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def step(pipe: AudioLDM2Pipeline, frames: int) -> Tensor:
+    draw = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return pipe.unet(
+            torch.randn(1, 8, frames, 16, generator=draw),
+            500,
+            encoder_hidden_states=torch.randn(1, 8, 32, generator=draw),
+            encoder_hidden_states_1=torch.randn(1, 6, 64, generator=draw),
+        ).sample
+
+
+def test_every_method_changes_the_unet_and_is_taken_off_again(pipe) -> None:
+    dense = {frames: step(pipe, frames) for frames in (128, 512)}
+    same_at_native_length = {"dense", "time tiles", "log-length scaling"}
+    seen = {}
+    for name, method in METHODS.items():
+        with method.on(pipe):
+            found = {frames: step(pipe, frames) for frames in (128, 512)}
+        assert torch.equal(step(pipe, 128), dense[128]), name
+        assert litefocus.status(pipe).config is None, name
+        close = torch.allclose(found[128], dense[128], atol=1e-4)
+        assert close == (name in same_at_native_length), name
+        seen[name] = found[512]
+    for one in METHODS:
+        for other in METHODS:
+            if one < other:  # with a fresh sample, the first step is litefocus' own
+                same = {one, other} == {"fresh sample", "litefocus"}
+                assert torch.equal(seen[one], seen[other]) == same, (one, other)
+
+
+def test_a_fresh_sample_at_every_step(pipe) -> None:
+    with METHODS["fresh sample"].on(pipe) as callback:
+        first = step(pipe, 128)
+        callback(0)
+        second = step(pipe, 128)
+        callback(1)
+        assert not torch.equal(first, second)
+        assert not torch.equal(second, step(pipe, 128))
+        assert litefocus.status(pipe).config.seed == 2
+
+
+def test_self_only_is_attention_over_one_token(pipe) -> None:
+    """The value of a token is what attention over that token alone returns."""
+    name, attn = next((n, m) for n, m in pipe.unet.named_modules() if n.endswith("attn1"))
+    x = torch.randn(1, 5, attn.to_q.in_features)
+    alone = torch.cat([attn(x[:, i : i + 1]) for i in range(5)], dim=1)
+    with METHODS["self only"].on(pipe):
+        torch.testing.assert_close(dict(pipe.unet.named_modules())[name](x), alone)
+
+
+@pytest.mark.parametrize("count", [12, 48, 72, 144, 288, 720])
+def test_prompts_are_balanced_alike_at_every_length(count: int) -> None:
+    sounds, tempi = zip(*labels_of(count), strict=True)
+    assert {sounds.count(name) for name in CLASS_NAMES} == {count // 12}
+    assert {tempi.count(name) for name in TEMPO_NAMES} == {count // 3}
+    assert labels_of(288)[:count] == labels_of(count)[:288]
+
+
+def heard_of(rng: np.random.Generator, clips: int, windows: int = 2, shift: float = 0.0) -> Heard:
+    classes = rng.dirichlet(np.ones(12), (clips, windows))
+    tempi = rng.dirichlet(np.ones(3), (clips, windows))
+    mix = rng.normal(size=(48, 48))
+    points = rng.normal(size=(clips, windows, 48)) @ mix + shift
+    return Heard(classes, tempi, points, rng.normal(size=(clips, 2 * windows, 48)), rng.uniform(size=clips))
+
+
+def test_frechet_distance_is_that_of_the_definition() -> None:
+    rng = np.random.default_rng(0)
+    real, made = heard_of(rng, 60), heard_of(rng, 40, shift=0.5)
+    reference = Reference(real, labels_of(60))
+    scale = real.embeddings.reshape(-1, 48).std(axis=0)
+    a, b = (x.embeddings.reshape(-1, 48) / scale for x in (real, made))
+    one, two = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = scipy.linalg.sqrtm(one @ two)
+    expected = ((a.mean(axis=0) - b.mean(axis=0)) ** 2).sum() + np.trace(one + two - 2 * root.real)
+    assert reference.frechet(made.embeddings.reshape(-1, 48)) == pytest.approx(expected, rel=1e-3)
+    assert reference.frechet(real.embeddings.reshape(-1, 48)) == pytest.approx(0, abs=1e-6)
+
+
+def test_measures_of_what_is_perfect_and_of_what_is_not() -> None:
+    labels = labels_of(36)
+    rng = np.random.default_rng(1)
+    sounds = np.array([CLASS_NAMES.index(s) for s, _ in labels])
+    tempi = np.array([TEMPO_NAMES.index(t) for _, t in labels])
+    right = heard_of(rng, 36)
+    right = Heard(
+        np.eye(12)[sounds][:, None].repeat(2, 1),
+        np.eye(3)[tempi][:, None].repeat(2, 1),
+        right.embeddings,
+        right.halves,
+        np.ones(36),
+    )
+    reference = Reference(right, labels)
+    everything = np.arange(36)
+    found = measures(right, labels, reference)(everything)
+    assert (found["class"], found["tempo"], found["beat"]) == (1, 1, 1)
+    assert found["kl"] == pytest.approx(0, abs=1e-3)
+    assert found["inception"] == pytest.approx(12, rel=1e-3)
+    assert found["drift"] == pytest.approx(1, abs=0.1)  # halves that have nothing to do with each other
+    wrong = Heard(right.classes[::-1], right.tempi, right.embeddings, right.halves * 0, right.beat)
+    found = measures(wrong, labels, reference)(everything)
+    assert found["class"] == np.mean(sounds == sounds[::-1]) < 0.2
+    assert found["kl"] == pytest.approx(-math.log(1e-6), rel=0.2)
+    assert found["drift"] == 0
+
+
+def test_differences_are_paired() -> None:
+    """Two methods that differ by the same amount on every clip: the difference has no error, the values have."""
+    rng = np.random.default_rng(2)
+    values = rng.uniform(size=50)
+
+    def of(shift: float):
+        return lambda clips: dict.fromkeys(evaluate.METRICS, float(values[clips].mean() + shift))
+
+    table = compare({"dense": of(0.0), "other": of(0.25), "real": of(0.5)}, 50)
+    cell = table["other"]["class"]
+    assert cell["se"] == pytest.approx(values.std(ddof=1) / math.sqrt(50), rel=0.15)
+    assert cell["diff"] == pytest.approx(0.25)
+    assert cell["diff_se"] == pytest.approx(0, abs=1e-9)
+    assert "diff" not in table["real"]["class"]
+    assert verdict({"diff": 0.31, "diff_se": 0.1}, True) == "+"
+    assert verdict({"diff": 0.31, "diff_se": 0.1}, False) == "-"
+    assert verdict({"diff": -0.29, "diff_se": 0.1}, True) == " "
+
+
+def test_beat_and_drift_of_made_up_spectrograms() -> None:
+    frames = torch.arange(1024)
+    steady = torch.full((1024, 64), -10.0)
+    steady[frames % 32 == 0] = -2.0
+    draw = torch.Generator().manual_seed(0)
+    jittered = torch.full((1024, 64), -10.0)
+    jittered[torch.randperm(1024, generator=draw)[:32]] = -2.0
+    changing = steady.clone()
+    changing[512:, :32] = -11.0
+    heard = listen(torch.stack([steady, jittered, changing]))
+    assert heard.beat[0] > 0.9
+    assert heard.beat[1] < 0.6
+    assert heard.halves[2].var(axis=0).sum() > 5 * heard.halves[0].var(axis=0).sum()
+
+
+def test_the_whole_evaluation_runs_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys) -> None:
+    rng = np.random.default_rng(3)
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    for name in {name for spec in CLASSES.values() for name in spec.train}:
+        noise = rng.normal(size=16000) * np.exp(-np.arange(16000) / 4000)
+        soundfile.write(samples / f"{name}.flac", 0.1 * noise, 16000)
+    work = tmp_path / "work"
+    common = [
+        "--samples",
+        str(samples),
+        "--quick",
+        "--steps",
+        "1",
+        "--work",
+        str(work),
+        "--output",
+        str(tmp_path / "e"),
+    ]
+    evaluate.main([*common, "--wavs"])
+    printed = capsys.readouterr().out
+    assert "1x: 12 clips, 12 windows" in printed
+    assert "2x: 12 clips, 24 windows" in printed
+    rows = json.loads((tmp_path / "e.json").read_text())["rows"]
+    methods = {"dense", "litefocus", "self only", "real"}
+    assert {(row["method"], row["times"]) for row in rows} == {(m, t) for m in methods for t in (1, 2)}
+    assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((work / "wavs" / "litefocus").glob("*.wav"))) == 12
+
+    files = {path: path.stat().st_mtime_ns for path in work.glob("*.pt")}
+    assert len(files) == 9  # three methods at two lengths, real scenes at two, the reference
+
+    def no_more(*_: object, **__: object) -> None:
+        raise AssertionError("this was generated before")
+
+    monkeypatch.setattr(AudioLDM2Pipeline, "__call__", no_more)
+    evaluate.main(common)
+    assert capsys.readouterr().out == printed
+    assert {path: path.stat().st_mtime_ns for path in work.glob("*.pt")} == files
+    assert len(json.loads((tmp_path / "e.json").read_text())["rows"]) == len(rows)
+    with pytest.raises(AssertionError, match="generated before"):  # another number of steps is another clip
+        evaluate.main([*common, "--steps", "2"])
