@@ -105,6 +105,10 @@ def measure(pipe: Any) -> None:
                 text += f"  {error[:, :, torch.cat([at - 1, at])].mean():.4f}  {steps[0]:.4f}  {steps[1]:.4f}"
             print(text)
         exact = vocode(pipe, whole, whole.shape[2])
+        joined = vocode(pipe, rows["windows of 512, overlap 8"][0], whole.shape[2])
+        at = range(2048 * 160, exact.shape[1], 2048 * 160)
+        jumps = [max(np.abs(np.diff(wave[:, i - 160 : i + 160])).max() for i in at) for wave in (joined, exact)]
+        print(f"largest step between samples at those seams: {jumps[0]:.3f}, {jumps[1]:.3f} without one")
         for reach in (0, 8, 16, 32):
             hop = int(np.prod(pipe.vocoder.config.upsample_rates))
             waves = in_windows(lambda x: pipe.vocoder(x[:, 0])[:, None], whole, hop, 512, reach)[:, 0].numpy()
