@@ -1,4 +1,4 @@
-"""Does it sound as good? Dense attention, LiteFocus and its peers on the embedded pipeline, judged by numbers.
+"""Does it sound as good? Dense attention, LiteFocus and its peers on a small trained model, judged by numbers.
 
     python examples/evaluate.py --samples DIR               # every method at 1x, 2x, 4x and 8x the native length
     python examples/evaluate.py --samples DIR --quick       # a few clips, to see it work
@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from benchmark import Merged, Peer, Published, Tiles
-from diffusers import AudioLDM2Pipeline
+from diffusers import AudioLDM2Pipeline, AudioLDM2UNet2DConditionModel
 from generate import save_spectrograms
 from torch import Tensor
 from tqdm import tqdm
@@ -173,8 +173,9 @@ def half_precision(pipe: AudioLDM2Pipeline, dtype: torch.dtype) -> None:
 
 
 def load(args: argparse.Namespace) -> AudioLDM2Pipeline:
-    """The pipeline to judge."""
-    pipe = AudioLDM2Pipeline.from_pretrained(args.pipeline)
+    """The embedded pipeline, with the UNet to judge."""
+    unet = AudioLDM2UNet2DConditionModel.from_pretrained(args.unet)
+    pipe = AudioLDM2Pipeline.from_pretrained(HERE / "embedded" / "pipeline", unet=unet)
     pipe.set_progress_bar_config(disable=True)
     if args.dtype != "float32":
         half_precision(pipe, getattr(torch, args.dtype))

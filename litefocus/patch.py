@@ -149,7 +149,7 @@ def status(pipe: Any, seconds: float | None = None) -> Status:
     >>> status.layers[0].state, status.layers[0].frames, round(status.layers[0].keys_kept, 3)
     ('focus', 1000, 0.212)
     >>> round(status.flops.ratio, 2)
-    2.55
+    2.66
     """
     unet = find_unet(pipe)
     geometry = geometry_of(pipe)

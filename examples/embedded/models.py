@@ -98,7 +98,7 @@ def new_vocoder() -> SpeechT5HifiGan:
     return vocoder
 
 
-def new_unet(widths: Sequence[int] = (16, 32, 64), heads: int = 2) -> AudioLDM2UNet2DConditionModel:
+def new_unet(widths: Sequence[int] = (32, 48, 64, 96), heads: int = 2) -> AudioLDM2UNet2DConditionModel:
     """Noisy latent (B, 8, T, 16) -> v (B, 8, T, 16), told by GPT-2's and T5's token embeddings.
 
     widths: channels of every level; all but the first have attention.

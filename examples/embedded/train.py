@@ -472,7 +472,7 @@ def main() -> None:
     parser.add_argument("--name", default="unet", help="unet, export: name of the checkpoint (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=4, help="unet: seed of the first weights (default: %(default)s)")
     parser.add_argument(
-        "--widths", type=int, nargs="+", default=(16, 32, 64), help="unet, export: channels of every level"
+        "--widths", type=int, nargs="+", default=(32, 48, 64, 96), help="unet, export: channels of every level"
     )
     parser.add_argument(
         "--half-length", type=float, default=0.75, help="unet: share of the time on half-length clips (default: 0.75)"
