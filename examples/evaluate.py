@@ -174,8 +174,8 @@ def half_precision(pipe: AudioLDM2Pipeline, dtype: torch.dtype) -> None:
 
 def load(args: argparse.Namespace) -> AudioLDM2Pipeline:
     """The embedded pipeline, with the UNet to judge."""
-    unet = AudioLDM2UNet2DConditionModel.from_pretrained(args.unet)
-    pipe = AudioLDM2Pipeline.from_pretrained(HERE / "embedded" / "pipeline", unet=unet)
+    pipe = AudioLDM2Pipeline.from_pretrained(HERE / "embedded" / "pipeline")
+    pipe.register_modules(unet=AudioLDM2UNet2DConditionModel.from_pretrained(args.unet).eval())
     pipe.set_progress_bar_config(disable=True)
     if args.dtype != "float32":
         half_precision(pipe, getattr(torch, args.dtype))
@@ -470,9 +470,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", required=True, help="folder with the flac files of sonic-pi-samples")
     parser.add_argument(
-        "--pipeline", default=str(HERE / "embedded" / "pipeline"), help="folder of an embedded pipeline"
+        "--unet", default=str(HERE / "embedded" / "unet_attentive"), help="its folder (default: %(default)s)"
     )
-    parser.add_argument("--label", default="embedded", help="its name in the JSON (default: %(default)s)")
+    parser.add_argument("--label", default="seed 1", help="its name in the JSON (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--lengths", nargs="+", type=int, choices=CLIPS, default=list(CLIPS))
     parser.add_argument("--clips", type=int, help="clips at every length (default: 288, 144, 72, 48)")
