@@ -25,6 +25,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
@@ -206,6 +207,14 @@ def kept_file(args: argparse.Namespace, *key: Any) -> Path:
     return Path(args.work) / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.pt"
 
 
+def keep(mels: Tensor, file: Path) -> Tensor:
+    """Write `mels`, whole or not at all, and return them."""
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    torch.save(mels, temporary)
+    temporary.replace(file)
+    return mels
+
+
 def generate(pipe: AudioLDM2Pipeline, name: str, times: int, args: argparse.Namespace) -> Tensor:
     """Mel spectrograms (clips, times * 512, 64) of a method at a length, from --work if they were made before."""
     method = METHODS[name]
@@ -240,11 +249,7 @@ def generate(pipe: AudioLDM2Pipeline, name: str, times: int, args: argparse.Name
                 for latent in latents:
                     decoded = pipe.vae.decode(latent[None] / pipe.vae.config.scaling_factor).sample
                     parts.append(decoded[0, 0].half())
-    mels = torch.stack(parts)
-    temporary = file.with_suffix(f".{hashlib.sha256(name.encode()).hexdigest()[:6]}.tmp")
-    torch.save(mels, temporary)
-    temporary.replace(file)
-    return mels.float()
+    return keep(torch.stack(parts), file).float()
 
 
 def real(pipe: AudioLDM2Pipeline, count: int, times: int, seed: int, args: argparse.Namespace) -> Tensor:
@@ -257,7 +262,7 @@ def real(pipe: AudioLDM2Pipeline, count: int, times: int, seed: int, args: argpa
             with torch.inference_mode():
                 code = pipe.vae.encode(LogMel()(torch.from_numpy(wave)[None])).latent_dist.mean
                 parts.append(pipe.vae.decode(code).sample[0, 0].half())
-        torch.save(torch.stack(parts), file)
+        return keep(torch.stack(parts), file).float()
     mels: Tensor = torch.load(file, weights_only=True)
     return mels.float()
 
