@@ -284,9 +284,6 @@ class Heard:
     halves: Array
     beat: Array
 
-    def __getitem__(self, clips: npt.NDArray[np.int64]) -> Heard:
-        return Heard(*(getattr(self, name)[clips] for name in self.__dataclass_fields__))
-
 
 def listen(mels: Tensor) -> Heard:
     """Judge and embed the windows of mels (clips, frames, 64), side by side."""
