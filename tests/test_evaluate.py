@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import evaluate
@@ -18,6 +19,13 @@ from torch import Tensor
 import litefocus
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def denormals() -> Iterator[None]:
+    """The script flushes denormal numbers to zero, for the whole process."""
+    yield
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="module")
