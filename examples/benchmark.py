@@ -576,6 +576,10 @@ def road(seconds: float, args: argparse.Namespace, bar: Any) -> Iterator[tuple[s
 # --------------------------------------------------------------------------------------------------------- printing
 
 
+COLOURS = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#E69F00")  # Okabe and Ito
+MARKERS = "osD^vxP*"
+
+
 def plot(rows: list[Row], path: Path) -> None:
     """Step cost against clip length, a panel for every model; sums of layers hollow."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -587,13 +591,12 @@ def plot(rows: list[Row], path: Path) -> None:
     down = math.ceil(len(models) / across)
     figure = Figure(figsize=(6 * across, 4.5 * down), layout="constrained")
     FigureCanvasAgg(figure)
-    colours = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#E69F00")  # Okabe and Ito
     panels = figure.subplots(down, across, squeeze=False).flat
     for axes in panels[len(models) :]:
         axes.set_axis_off()
     for axes, model in zip(panels, models, strict=False):
         of_model = [row for row in rows if row.model == model]
-        for (method, colour), marker in zip(zip(METHODS, colours, strict=True), "osD^vxP*", strict=True):
+        for (method, colour), marker in zip(zip(METHODS, COLOURS, strict=True), MARKERS, strict=True):
             points = [row for row in of_model if row.method == method]
             if points:
                 seconds, costs = [row.seconds for row in points], [row.cpu_median for row in points]

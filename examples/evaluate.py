@@ -41,7 +41,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 import transformers
-from benchmark import Merged, Peer, Published, Tiles
+from benchmark import COLOURS, MARKERS, Merged, Peer, Published, Tiles
 from diffusers import AudioLDM2Pipeline, AudioLDM2UNet2DConditionModel
 from generate import save_spectrograms
 from torch import Tensor
@@ -227,8 +227,7 @@ def generate(pipe: AudioLDM2Pipeline, name: str, times: int, args: argparse.Name
         sampling = (args.steps, args.guidance, args.seed, args.dtype)
         file = kept_file(args, does, decodes, method.fresh, times, count, *sampling)
         if file.exists():
-            mels: Tensor = torch.load(file, weights_only=True)
-            return mels.float()
+            return torch.load(file, weights_only=True).float()
         batch = max(1, 24 // times)
         parts = []
         for start in tqdm(range(0, count, batch), desc=f"{name}, {times}x", mininterval=10):
@@ -255,16 +254,15 @@ def generate(pipe: AudioLDM2Pipeline, name: str, times: int, args: argparse.Name
 def real(pipe: AudioLDM2Pipeline, count: int, times: int, seed: int, args: argparse.Namespace) -> Tensor:
     """Mel spectrograms of real scenes, through the VAE as the generated ones are; kept in --work too."""
     file = kept_file(args, "real", digest(*pipe.vae.parameters()), count, times, seed)
-    if not file.exists():
-        bank, parts, labels = Bank(Path(args.samples)), [], labels_of(count)
-        for i in tqdm(range(count), desc=f"real scenes, {times}x", mininterval=10):
-            wave = scene(bank, *labels[i], np.random.default_rng([seed, i]), times * CLIP_SECONDS)
-            with torch.inference_mode():
-                code = pipe.vae.encode(LogMel()(torch.from_numpy(wave)[None])).latent_dist.mean
-                parts.append(pipe.vae.decode(code).sample[0, 0].half())
-        return keep(torch.stack(parts), file).float()
-    mels: Tensor = torch.load(file, weights_only=True)
-    return mels.float()
+    if file.exists():
+        return torch.load(file, weights_only=True).float()
+    bank, mel, parts, labels = Bank(Path(args.samples)), LogMel(), [], labels_of(count)
+    for i in tqdm(range(count), desc=f"real scenes, {times}x", mininterval=10):
+        wave = scene(bank, *labels[i], np.random.default_rng([seed, i]), times * CLIP_SECONDS)
+        with torch.inference_mode():
+            code = pipe.vae.encode(mel(torch.from_numpy(wave)[None])).latent_dist.mean
+            parts.append(pipe.vae.decode(code).sample[0, 0].half())
+    return keep(torch.stack(parts), file).float()
 
 
 # --------------------------------------------------------------------------------------------------- listening
@@ -368,14 +366,14 @@ def measures(heard: Heard, labels: list[tuple[str, str]], reference: Reference) 
 
 
 def compare(
-    methods: dict[str, Callable[[Any], dict[str, float]]], count: int, resamples: int = RESAMPLES
+    methods: dict[str, Callable[[Any], dict[str, float]]], count: int
 ) -> dict[str, dict[str, dict[str, float]]]:
     """{method: {metric: value, its standard error, difference to dense, its standard error}}, by bootstrap over clips.
 
     The same clips are drawn for all methods, which share prompts and noise: differences are paired.
     """
     rng = np.random.default_rng(0)
-    draws = [rng.integers(count, size=count) for _ in range(resamples)]
+    draws = [rng.integers(count, size=count) for _ in range(RESAMPLES)]
     resampled = {name: [of(draw) for draw in draws] for name, of in methods.items()}
     everything = np.arange(count)
     values = {name: of(everything) for name, of in methods.items()}
@@ -412,7 +410,7 @@ def show(table: dict[str, dict[str, dict[str, float]]], times: int, count: int) 
             text = f"{cell['value']:.3f}"
             if name != "dense" and "diff" in cell:
                 text += f" {cell['diff']:+.3f}±{cell['diff_se']:.3f}{verdict(cell, more)}"
-            elif "diff" not in cell or name == "dense":
+            else:
                 text += f" ±{cell['se']:.3f}"
             row += f"  {text:<24}"
         lines.append(row.rstrip())
@@ -430,7 +428,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     shown = ("frechet", "class", "tempo", "beat", "drift", "kl")
     figure = Figure(figsize=(15, 8.5), layout="constrained")
     FigureCanvasAgg(figure)
-    colours = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7", "#E69F00")  # Okabe and Ito
     names = list(dict.fromkeys(row["method"] for row in rows))
     for axes, metric in zip(figure.subplots(2, 3).flat, shown, strict=True):
         for i, name in enumerate(names):
@@ -438,7 +435,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 (row["times"], row[metric]["value"], row[metric]["se"]) for row in rows if row["method"] == name
             )
             lengths, values, errors = zip(*points, strict=True)
-            style = {"color": colours[i % 8], "marker": "osD^vxP*"[i % 8], "linestyle": ("-", "--", ":")[i // 8]}
+            style = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "linestyle": ("-", "--", ":")[i // 8]}
             axes.errorbar(
                 [x * (1 + 0.012 * (i - len(names) / 2)) for x in lengths], values, errors, label=name, **style
             )
@@ -505,7 +502,6 @@ def main(argv: list[str] | None = None) -> None:
     pipe = load(args)
     count = REFERENCE if not args.quick else 144
     reference = Reference(listen(real(pipe, count, 1, 880_001, args)), labels_of(count))
-    rows: list[dict[str, Any]] = []
     for times in args.lengths:
         clips = args.clips or CLIPS[times]
         labels = labels_of(clips)
@@ -514,7 +510,7 @@ def main(argv: list[str] | None = None) -> None:
         heard["real"] = listen(real(pipe, clips, times, 880_002, args))
         table = compare({name: measures(of, labels, reference) for name, of in heard.items()}, clips)
         print(show(table, times, clips), flush=True)
-        rows += [
+        rows = [
             {"model": args.label, "method": name, "times": times, "clips": clips, **cells}
             for name, cells in table.items()
         ]

@@ -60,10 +60,10 @@ def decode(pipe: Any, latents: Tensor, window: int = WINDOW, overlap: int = OVER
 
 
 @torch.inference_mode()
-def vocode(pipe: Any, mels: Tensor, window: int) -> np.ndarray:
-    """Waveforms (batch, samples) of mels (batch, 1, frames, bins); `window` in mel frames."""
+def vocode(pipe: Any, mels: Tensor, window: int, overlap: int = REACH) -> np.ndarray:
+    """Waveforms (batch, samples) of mels (batch, 1, frames, bins); `window` and `overlap` in mel frames."""
     hop = int(np.prod(pipe.vocoder.config.upsample_rates))
-    waves = in_windows(lambda x: pipe.vocoder(x[:, 0])[:, None], mels, hop, window, REACH)
+    waves = in_windows(lambda x: pipe.vocoder(x[:, 0])[:, None], mels, hop, window, overlap)
     return waves[:, 0].float().cpu().numpy()
 
 
@@ -110,8 +110,7 @@ def measure(pipe: Any) -> None:
         jumps = [max(np.abs(np.diff(wave[:, i - 160 : i + 160])).max() for i in at) for wave in (joined, exact)]
         print(f"largest step between samples at those seams: {jumps[0]:.3f}, {jumps[1]:.3f} without one")
         for reach in (0, 8, 16, 32):
-            hop = int(np.prod(pipe.vocoder.config.upsample_rates))
-            waves = in_windows(lambda x: pipe.vocoder(x[:, 0])[:, None], whole, hop, 512, reach)[:, 0].numpy()
+            waves = vocode(pipe, whole, 512, reach)
             print(f"vocoder in windows of 512 mel frames, overlap {reach}: {np.abs(waves - exact).max():.2e} at most")
 
 

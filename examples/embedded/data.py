@@ -296,6 +296,12 @@ def _swell(sound: str, bank: Bank, length: int, beat: int, start: int, split: st
     return (texture * envelope).astype(np.float32)
 
 
+def _levelled(wave: Wave, rng: np.random.Generator) -> Wave:
+    """The wave with its peak somewhere in the 5 dB below 0.7."""
+    loudness = 0.7 * 10.0 ** (rng.uniform(-5.0, 0.0) / 20.0)
+    return (wave * (loudness / (np.abs(wave).max() + 1e-9))).astype(np.float32)
+
+
 def scene(
     bank: Bank,
     sound: str,
@@ -328,8 +334,7 @@ def scene(
             at = round(index * step)
             out[at : at + len(event)] += event[: len(out) - at]
         out = out[4 * beat - start % (4 * beat) :][:length]
-    loudness = 0.7 * 10.0 ** (rng.uniform(-5.0, 0.0) / 20.0)
-    return (out * (loudness / (np.abs(out).max() + 1e-9))).astype(np.float32)
+    return _levelled(out, rng)
 
 
 def stranger(bank: Bank, name: str, tempo: str, rng: np.random.Generator, seconds: float = CLIP_SECONDS) -> Wave:
@@ -344,8 +349,7 @@ def stranger(bank: Bank, name: str, tempo: str, rng: np.random.Generator, second
     for index in range(length // beat + 5):
         out[index * beat :][: len(hit)] += accents[index % 4] * hit
     out = out[int(rng.integers(4 * beat)) :][:length]
-    loudness = 0.7 * 10.0 ** (rng.uniform(-5.0, 0.0) / 20.0)
-    return (out * (loudness / (np.abs(out).max() + 1e-9))).astype(np.float32)
+    return _levelled(out, rng)
 
 
 def balanced(count: int) -> list[tuple[str, str]]:

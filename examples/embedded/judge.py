@@ -92,6 +92,7 @@ def load_judge(weights: Path = WEIGHTS) -> tuple[Judge, tuple[str, ...], tuple[s
     return judge.eval(), tuple(names["classes"]), tuple(names["tempi"])
 
 
+@lru_cache(maxsize=1)
 def load_embedder(weights: Path = EMBEDDER_WEIGHTS) -> Embedder:
     """The trained embedder."""
     state = {key: value.float() if value.is_floating_point() else value for key, value in load_file(weights).items()}
