@@ -1,13 +1,13 @@
 """LiteFocus attention for text-to-audio diffusion pipelines: long clips, faster, in one line."""
 
+from litefocus._patch import Patch, patch, unpatch
+from litefocus._probe import Probe, probe
+from litefocus._processor import LiteFocusAttnProcessor
+from litefocus._status import Status, status
+from litefocus._tango import set_duration
 from litefocus.attention import focus_attention
-from litefocus.clients.tango import set_duration
 from litefocus.config import LiteFocusConfig
 from litefocus.focus import FocusSet, focus_set
-from litefocus.patch import Patch, patch, status, unpatch
-from litefocus.probe import Probe, probe
-from litefocus.processor import LiteFocusAttnProcessor
-from litefocus.report import Status
 
 __all__ = [
     "FocusSet",

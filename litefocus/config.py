@@ -60,22 +60,29 @@ def _refuse_unknown_fields(cls: type[T]) -> type[T]:
 class LiteFocusConfig:
     """Settings of LiteFocus attention (arXiv 2407.10468). Immutable; derive others with `dataclasses.replace`.
 
-    same_frequency: every query sees all tokens of its own frequency bin (the paper's same-frequency focus).
-    cross_frequency: every query also sees a random sample of all other bins (cross-frequency compensation).
-    sparse_ratio: fraction of each other bin's frames in that sample, in [0, 1]. At 1 the result is dense attention
-        (unless a time window is set); at 0 there is no sample. Above 0, at least one frame of every bin is kept.
-        0.1 is the paper's. On a small model whose attention is even, 0.1 came out a little worse than dense attention,
-        0.2 not beyond the error (README, "How it sounds"; `litefocus.probe` shows how even a model's attention is).
-    seed: seed of the sample, an integer >= 0. The sample depends on this, the layer's name and the number of
-        frames alone: it is the same in every step, batch element, process and on every device.
-    min_freq_bins: layers whose grid has fewer frequency bins than this keep dense attention. The published code
-        covers the levels with 8 bins or more, about 90 % of self-attention's arithmetic in AudioLDM 2.
-    time_window: None (the paper), or how many latent frames around a query both branches are restricted to, counted
-        at the UNet's input (25 a second in AudioLDM-style models) and halved level by level. At least half of it lies
-        on either side of every query, clamped at the ends of the clip. Cost then grows linearly with the clip.
+    The defaults fit every length: the paper's sets with a weight for every sampled key up to about a minute, time
+    windows that still hear the whole clip beyond. `LiteFocusConfig.paper()` is the method as published.
 
-    Raises TypeError for an unknown field or a value of the wrong type, ValueError for a value out of range and for
-    settings that leave a query nothing to attend to.
+    Args:
+        same_frequency: every query sees all tokens of its own frequency bin (the paper's same-frequency focus).
+        cross_frequency: every query also sees a random sample of all other bins (cross-frequency compensation).
+        sparse_ratio: fraction of each other bin's frames in that sample, in [0, 1]. At 1 the result is dense attention
+            (unless a time window is in force); at 0 there is no sample.
+        min_sampled: frames of every other bin that are sampled at least, as far as there are so many. The error of the
+            sample depends on how many frames it has, not on their share: short clips need this.
+        reweight: a sampled key weighs the inverse of the probability with which it was drawn. Without, as published,
+            the own bin gets more than its due.
+        time_window: None, or how many latent frames around a query are seen in full detail, counted at the UNet's
+            input (25 a second in AudioLDM-style models) and halved level by level. At least half of it lies on either
+            side of every query, clamped at the ends of the clip. Cost then grows linearly with the clip.
+        far_sampled: frames of every bin that are sampled outside of the time window. At 0 a query hears nothing there.
+        min_freq_bins: layers whose grid has fewer frequency bins than this keep dense attention.
+        seed: seed of the samples, an integer >= 0. A sample depends on this, the layer's name, the number of frames
+            and the step's timestep alone: it is the same for every batch element, in every process, on every device.
+
+    Raises:
+        TypeError: for an unknown field or a value of the wrong type.
+        ValueError: for a value out of range and for settings that leave a query nothing to attend to.
 
     >>> LiteFocusConfig(sparse_ratio=0.05).sparse_ratio
     0.05
@@ -88,12 +95,15 @@ class LiteFocusConfig:
     same_frequency: bool = True
     cross_frequency: bool = True
     sparse_ratio: float = 0.1
+    min_sampled: int = 32
+    reweight: bool = True
+    time_window: int | None = 1024
+    far_sampled: int = 16
+    min_freq_bins: int = 2
     seed: int = 0
-    min_freq_bins: int = 8
-    time_window: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("same_frequency", "cross_frequency"):
+        for name in ("same_frequency", "cross_frequency", "reweight"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
@@ -104,8 +114,8 @@ class LiteFocusConfig:
             raise ValueError(f"sparse_ratio must be a finite number in [0, 1], got {ratio!r}")
         set_field = functools.partial(object.__setattr__, self)  # frozen: plain assignment is refused
         set_field("sparse_ratio", float(ratio))
-        set_field("seed", positive_integer("seed", self.seed, minimum=0))
-        set_field("min_freq_bins", positive_integer("min_freq_bins", self.min_freq_bins))
+        for name, minimum in (("min_sampled", 0), ("far_sampled", 0), ("min_freq_bins", 1), ("seed", 0)):
+            set_field(name, positive_integer(name, getattr(self, name), minimum))
         if self.time_window is not None:
             set_field("time_window", positive_integer("time_window", self.time_window))
         if not self.same_frequency and not self.cross_frequency:
@@ -119,14 +129,38 @@ class LiteFocusConfig:
                 "set sparse_ratio above 0 or same_frequency=True"
             )
 
+    @classmethod
+    def paper(cls, **changes: Any) -> LiteFocusConfig:
+        """The method as published: no weights, no floor, no window, levels of 8 bins and more; `changes` on top.
+
+        Source: arXiv 2407.10468, section 3, and the settings of its published code for AudioLDM 2.
+
+        >>> LiteFocusConfig.paper(seed=3).reweight
+        False
+        """
+        published = {
+            "sparse_ratio": 0.1,
+            "min_sampled": 0,
+            "reweight": False,
+            "time_window": None,
+            "far_sampled": 0,
+            "min_freq_bins": 8,
+        }
+        return cls(**{**published, **changes})
+
+
+def checked_config(config: Any) -> LiteFocusConfig:
+    """`config`, if it is one. Raises TypeError."""
+    if not isinstance(config, LiteFocusConfig):
+        raise TypeError(
+            f"config must be a LiteFocusConfig, got {type(config).__name__}; pass LiteFocusConfig(...), or its fields "
+            "as keywords: litefocus.patch(pipe, sparse_ratio=0.1)"
+        )
+    return config
+
 
 def merged_config(owner: str, config: LiteFocusConfig | None, overrides: dict[str, Any]) -> LiteFocusConfig:
     """`config`, or the defaults, with fields replaced. Raises TypeError in the name of `owner`."""
     options = [field.name for field in fields(LiteFocusConfig)]
     refuse_unknown(owner, overrides, [*options, "freq_bins", "freq_axis"])
-    if config is not None and not isinstance(config, LiteFocusConfig):
-        raise TypeError(
-            f"config must be a LiteFocusConfig, got {type(config).__name__}; pass LiteFocusConfig(...), or its fields "
-            "as keywords: litefocus.patch(pipe, sparse_ratio=0.1)"
-        )
-    return replace(config or LiteFocusConfig(), **overrides)
+    return replace(LiteFocusConfig() if config is None else checked_config(config), **overrides)

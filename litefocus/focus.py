@@ -1,23 +1,29 @@
-"""Which keys each query sees.
+"""Which keys each query sees, and how much each of them counts.
 
 The latent of an AudioLDM-style model is a grid of `num_frames` time frames x `freq_bins` frequency bins, flattened to
 tokens. Query i attends to its focus set F_i = S_i ∪ C: every token S_i of its own frequency bin, and a random sample
-C of the tokens of all bins (LiteFocus, arXiv 2407.10468). This file builds that set as indices, pure torch; what is
-done with them is in `attention.py`.
+C of the tokens of all other bins (LiteFocus, arXiv 2407.10468). A sampled key stands for all those that were not drawn
+with it, so it weighs the inverse of the probability of being drawn (Horvitz and Thompson 1952). This file builds the
+sets as indices; what is done with them is in `attention.py`.
+
+The bookkeeping is NumPy's, so that no tracer of torch ever sees it: in every graph, index and weights are constants.
 """
 
 from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from litefocus.config import LiteFocusConfig, positive_integer, suggestion
+from litefocus.config import LiteFocusConfig, checked_config, positive_integer, suggestion
 
 FreqAxis = Literal["width", "height"]
+Index = NDArray[np.int64]
 
 MIN_BLOCK = 64  # queries that share a time window: with fewer, fused attention runs at a third of its speed
 
@@ -29,6 +35,7 @@ class FocusSet:
     queries: (groups, queries_per_group). Together the groups hold every token, some twice where time windows overlap.
     keys: (groups, keys_per_query). The tokens that every query of the group attends to, each once.
     inverse: (tokens,). Where in `queries.flatten()` the output of token i is read: undoes the grouping.
+    log_weights: (keys_per_query,) in float32, what is added to the logits of every group's keys; None where all are 0.
 
     >>> focus = focus_set(num_frames=3, freq_bins=2, config=LiteFocusConfig(sparse_ratio=0))
     >>> focus.queries.tolist()  # a group for every bin
@@ -40,6 +47,7 @@ class FocusSet:
     queries: Tensor
     keys: Tensor
     inverse: Tensor
+    log_weights: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -53,13 +61,20 @@ class FocusSet:
 
     def to(self, device: torch.device | str) -> FocusSet:
         """The same sets with their indices on `device`."""
-        return FocusSet(self.queries.to(device), self.keys.to(device), self.inverse.to(device))
+        weights = self.log_weights
+        return FocusSet(
+            self.queries.to(device),
+            self.keys.to(device),
+            self.inverse.to(device),
+            None if weights is None else weights.to(device),
+        )
 
 
 class _Sizes(NamedTuple):
     block: int  # frames of a group's queries
-    window: int  # frames that they see
+    window: int  # n: frames around them that they see
     sampled: int  # c: of the window's frames, how many of every other bin
+    far: int  # m: of the frames outside of the window, how many of every bin
 
 
 def _sizes(num_frames: int, config: LiteFocusConfig) -> _Sizes:
@@ -70,15 +85,18 @@ def _sizes(num_frames: int, config: LiteFocusConfig) -> _Sizes:
         wanted = max(MIN_BLOCK, half)
         if wanted + 2 * half < num_frames:
             block, window = wanted, wanted + 2 * half
+    far = min(config.far_sampled, num_frames - window)
     if not config.cross_frequency or config.sparse_ratio == 0:
-        return _Sizes(block, window, 0)
-    return _Sizes(block, window, max(1, round(config.sparse_ratio * window)))
+        return _Sizes(block, window, 0, far)
+    return _Sizes(block, window, min(window, max(1, config.min_sampled, round(config.sparse_ratio * window))), far)
 
 
 def keys_per_query(num_frames: int, freq_bins: int, config: LiteFocusConfig) -> int:
-    """Size of every focus set: T + (F - 1) c, or F c without the same-frequency branch. Builds no index."""
-    _, window, sampled = _sizes(num_frames, config)
-    return window + (freq_bins - 1) * sampled if config.same_frequency else freq_bins * sampled
+    """Size of every focus set. Builds no index."""
+    _, window, sampled, far = _sizes(num_frames, config)
+    if not config.same_frequency:
+        return freq_bins * (sampled + far)
+    return window + (freq_bins - 1) * sampled + far * (freq_bins if sampled else 1)
 
 
 def focus_set(
@@ -88,64 +106,91 @@ def focus_set(
     *,
     layer: str = "",
     freq_axis: FreqAxis = "width",
+    draw: int = 0,
 ) -> FocusSet:
     """The focus sets of a grid of `num_frames` x `freq_bins` tokens, on the CPU.
 
-    config: its `time_window` is in frames of this grid.
-    layer: name of the attention layer; layers of different names draw different samples.
-    freq_axis: "width" if frequency varies fastest (token = frame * freq_bins + bin: AudioLDM, AudioLDM 2, MusicLDM,
-        Tango), "height" if time does (token = bin * num_frames + frame: Riffusion, Auffusion).
+    The sample takes c = max(min_sampled, round(sparse_ratio * num_frames)) frames of every other bin, without
+    replacement, so all sets have T + (F - 1) c keys. A key of the own bin weighs 1, a sampled one T / c: numerator and
+    denominator of the softmax are then unbiased estimates of dense attention's, whatever the attention looks like.
 
-    The sample takes c = max(1, round(sparse_ratio * num_frames)) frames of every bin, without replacement, so all
-    sets have T + (F - 1) c keys and every token of another bin is in the set with the same probability. It is a pure
-    function of (config.seed, layer, num_frames) and leaves the global random state alone.
+    With a time window, frames are cut into blocks whose queries share a window of n frames: at least half of
+    `time_window` on either side of each of them, clamped at the ends of the clip. A set then has three strata: the n
+    frames of the own bin (weight 1), c of n of every other bin (n / c), and m = `far_sampled` of the T - n frames
+    outside of the window of every bin, the own included ((T - n) / m). The last block ends with the clip, and overlaps
+    the one before where the clip is no multiple of a block.
 
-    With a time window W, frames are cut into blocks whose queries share the keys of a window: at least W / 2 frames
-    on either side of each of them, clamped at the ends of the clip. Both branches then run over the window instead of
-    the clip. The last block ends with the clip, and overlaps the one before where the clip is no multiple of a block.
+    Without other bins (`cross_frequency=False` or `sparse_ratio=0`) the far sample is of the own bin alone; with
+    `same_frequency=False` the own bin is sampled like all others.
 
-    Raises TypeError or ValueError for sizes that are not positive integers and for an unknown `freq_axis`.
-    Source: LiteFocus, arXiv 2407.10468; as an exact set union, where the published code counts a sampled key of the
-    query's own bin twice. Time windows are an addition of this library.
+    Args:
+        num_frames: time frames of the grid.
+        freq_bins: frequency bins of the grid.
+        config: settings; `time_window` is in frames of this grid.
+        layer: name of the attention layer; layers of different names draw different samples.
+        freq_axis: "width" if frequency varies fastest (token = frame * freq_bins + bin: AudioLDM, AudioLDM 2,
+            MusicLDM, Tango), "height" if time does (token = bin * num_frames + frame: Riffusion, Auffusion).
+        draw: which of the layer's samples.
 
-    >>> focus = focus_set(num_frames=10, freq_bins=4, config=LiteFocusConfig(sparse_ratio=0.2))
+    Returns:
+        The sets. They are a pure function of (config, layer, num_frames, freq_bins, draw) and leave every global
+        random state alone.
+
+    Raises:
+        TypeError: for sizes that are no integers, and for a `config` that is no `LiteFocusConfig`.
+        ValueError: for sizes below 1 and for an unknown `freq_axis`.
+
+    Source: LiteFocus, arXiv 2407.10468, as an exact set union, where the published code counts a sampled key of the
+    query's own bin twice; `LiteFocusConfig.paper()` has its settings. Weights, time windows and far samples are
+    additions of this library.
+
+    >>> focus = focus_set(num_frames=100, freq_bins=4, config=LiteFocusConfig(sparse_ratio=0.2, min_sampled=0))
     >>> focus.queries.shape, focus.keys.shape, focus.inverse.shape
-    (torch.Size([4, 10]), torch.Size([4, 16]), torch.Size([40]))
+    (torch.Size([4, 100]), torch.Size([4, 160]), torch.Size([400]))
+    >>> focus.log_weights.exp().unique()  # the own bin, and 100 / 20
+    tensor([1., 5.])
     """
     num_frames = positive_integer("num_frames", num_frames)
     freq_bins = positive_integer("freq_bins", freq_bins)
+    config = checked_config(config)
     check_freq_axis(freq_axis)
     frame_step, bin_step = (freq_bins, 1) if freq_axis == "width" else (1, num_frames)
-    block, window, sampled = _sizes(num_frames, config)
-
-    def arange(*args: int) -> Tensor:
-        return torch.arange(*args, device="cpu")
+    block, window, sampled, far = _sizes(num_frames, config)
 
     # token = frame * frame_step + bin * bin_step, by broadcasting over (bin, block, frame)
-    bins = arange(freq_bins)[:, None, None]
-    starts = arange(0, num_frames, block).clamp(max=num_frames - block)  # first frame of every block
-    windows = (starts - (window - block) // 2).clamp(0, num_frames - window)  # and of its window
-    own_queries = (starts[:, None] + arange(block)) * frame_step + bins * bin_step  # (bins, blocks, block)
-    own_keys = (windows[:, None] + arange(window)) * frame_step + bins * bin_step  # (bins, blocks, window)
-    frames = _draw(len(starts), freq_bins, window, sampled, f"{config.seed}/{layer}/{num_frames}")
-    sample = (windows[:, None] + frames) * frame_step + bins * bin_step  # (bins, blocks, sampled)
+    bins = np.arange(freq_bins)[:, None, None]
+    starts = np.arange(0, num_frames, block).clip(max=num_frames - block)  # first frame of every block
+    windows = (starts - (window - block) // 2).clip(0, num_frames - window)  # and of its window
+    queries = (starts[:, None] + np.arange(block)) * frame_step + bins * bin_step  # (bins, blocks, block)
+    own = (windows[:, None] + np.arange(window)) * frame_step + bins * bin_step  # (bins, blocks, window)
+    key = f"{config.seed}/{layer}/{num_frames}/{draw}"
+    near_frames, far_frames = _draw(num_frames, freq_bins, windows, window, sampled, far, key)
+    near = near_frames * frame_step + bins * bin_step  # (bins, blocks, sampled)
+    away = far_frames * frame_step + bins * bin_step  # (bins, blocks, far)
 
     # where frame t of bin f stands: its block, and its place in there
-    in_block = (arange(num_frames) // block).clamp(max=len(starts) - 1)
-    place = arange(num_frames) - starts[in_block]
+    in_block = (np.arange(num_frames) // block).clip(max=len(starts) - 1)
+    place = np.arange(num_frames) - starts[in_block]
     if config.same_frequency:  # a group for every bin and block
-        others = arange(freq_bins - 1).expand(freq_bins, -1)
-        others = others + (others >= bins[:, 0])  # row f: every bin but f
-        cross = sample.index_select(0, others.flatten()).view(freq_bins, freq_bins - 1, len(starts), sampled)
-        keys = torch.cat([own_keys, cross.transpose(1, 2).flatten(2)], dim=2).flatten(0, 1)
-        queries = own_queries.flatten(0, 1)
+        others = np.array([[g for g in range(freq_bins) if g != f] for f in range(freq_bins)], dtype=np.int64)
+        strata = [(own, 1.0), (_beside(near, others), window / max(sampled, 1))]
+        everywhere = np.tile(np.arange(freq_bins), (freq_bins, 1))
+        strata.append((_beside(away, everywhere) if sampled else away, (num_frames - window) / max(far, 1)))
         position = (bins[:, 0] * len(starts) + in_block) * block + place  # (bins, frames)
     else:  # a group for every block: all its bins share one set
-        keys = sample.transpose(0, 1).flatten(1)
-        queries = own_queries.transpose(0, 1).flatten(1)
+        queries, near, away = (x.transpose(1, 0, 2).reshape(1, len(starts), -1) for x in (queries, near, away))
+        strata = [(near, window / max(sampled, 1)), (away, (num_frames - window) / max(far, 1))]
         position = (in_block * freq_bins + bins[:, 0]) * block + place
-    inverse = position.t() if freq_axis == "width" else position
-    return FocusSet(queries, keys, inverse.flatten())
+    keys = np.concatenate([stratum for stratum, _ in strata], axis=2)
+    inverse = (position.T if freq_axis == "width" else position).reshape(-1)
+    weights = np.concatenate([np.full(stratum.shape[2], weight) for stratum, weight in strata])
+    weighted = config.reweight and np.ptp(weights) > 0  # equal weights cancel in the softmax
+    return FocusSet(
+        _tensor(queries.reshape(-1, queries.shape[2])),
+        _tensor(keys.reshape(-1, keys.shape[2])),
+        _tensor(inverse),
+        _tensor(np.log(weights).astype(np.float32)) if weighted else None,
+    )
 
 
 def check_freq_axis(freq_axis: str) -> None:
@@ -155,9 +200,32 @@ def check_freq_axis(freq_axis: str) -> None:
         raise ValueError(f"freq_axis must be 'width' or 'height', got {freq_axis!r}.{hint}")
 
 
-def _draw(blocks: int, freq_bins: int, window: int, sampled: int, key: str) -> Tensor:
-    """(freq_bins, blocks, sampled) numbers below `window`, ascending: a draw without replacement for each of them."""
+def _tensor(array: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _beside(sample: Index, others: Index) -> Index:
+    """For every bin, the samples of `others` (bins, n) one after the other: (bins, blocks, n * frames of a sample)."""
+    bins, blocks, frames = sample.shape
+    picked: Index = sample[others]  # (bins, n, blocks, frames)
+    beside: Index = picked.transpose(0, 2, 1, 3).reshape(bins, blocks, others.shape[1] * frames)
+    return beside
+
+
+def _draw(
+    num_frames: int, freq_bins: int, windows: Index, window: int, sampled: int, far: int, key: str
+) -> tuple[Index, Index]:
+    """Frames drawn without replacement for every bin, ascending, inside and outside of every window.
+
+    (freq_bins, blocks, sampled) and (freq_bins, blocks, far): the first of a random order of the bin's frames that
+    lie inside, or outside. The raw stream of a NumPy bit generator is the same in every release and on every machine.
+    """
     # crc32, since hash() of a string differs between processes
-    generator = torch.Generator("cpu").manual_seed(zlib.crc32(key.encode()))
-    draw = torch.rand(blocks, freq_bins, window, generator=generator, dtype=torch.float64, device="cpu")
-    return draw.argsort(dim=2)[..., :sampled].sort(dim=2).values.transpose(0, 1)
+    raw = np.random.PCG64(zlib.crc32(key.encode())).random_raw(freq_bins * num_frames)
+    order = raw.reshape(freq_bins, num_frames).argsort(axis=1)
+    near, away = [], []
+    for start in windows:
+        inside = (order >= start) & (order < start + window)
+        near.append(order[inside].reshape(freq_bins, window)[:, :sampled])
+        away.append(order[~inside].reshape(freq_bins, num_frames - window)[:, :far])
+    return np.sort(np.stack(near, axis=1), axis=2), np.sort(np.stack(away, axis=1), axis=2)

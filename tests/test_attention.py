@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmark import PeakMemory
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import allowed, masked_attention
+from support.memory import PeakMemory
+from support.oracle import allowed, bias, biased_attention, masked_attention
 from torch import Tensor
 
 from litefocus import FocusSet, LiteFocusConfig, focus_attention, focus_set
@@ -28,7 +28,7 @@ def qkv(batch: int, heads: int, tokens: int, dim: int, dtype: torch.dtype = torc
 )
 @settings(max_examples=120, deadline=None)
 def test_equals_masked_dense_attention(grid, batch, heads, dim, ratio, same, axis, projected) -> None:
-    config = LiteFocusConfig(same_frequency=same or ratio == 0, sparse_ratio=ratio)
+    config = LiteFocusConfig.paper(same_frequency=same or ratio == 0, sparse_ratio=ratio)
     focus = focus_set(*grid, config, freq_axis=axis)
     q, k, v = qkv(batch, heads, focus.tokens, dim)
     expected = masked_attention(q, k, v, allowed(focus))
@@ -37,10 +37,52 @@ def test_equals_masked_dense_attention(grid, batch, heads, dim, ratio, same, axi
     torch.testing.assert_close(focus_attention(q, k, v, focus), expected, rtol=1e-10, atol=1e-10)
 
 
+@given(
+    grid=st.tuples(st.integers(1, 12), st.integers(1, 6)),
+    ratio=st.sampled_from([0.0, 0.1, 0.4, 1.0]),
+    floor=st.integers(0, 4),
+    axis=st.sampled_from(["width", "height"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_weighted_sets_equal_biased_dense_attention(grid, ratio, floor, axis) -> None:
+    focus = focus_set(*grid, LiteFocusConfig(sparse_ratio=ratio, min_sampled=floor), freq_axis=axis)
+    q, k, v = qkv(2, 2, focus.tokens, 4)
+    expected = biased_attention(q, k, v, bias(focus))
+    torch.testing.assert_close(focus_attention(q, k, v, focus), expected, rtol=1e-6, atol=1e-6)  # weights in float32
+
+
+@pytest.mark.parametrize("axis", ["width", "height"])
+@pytest.mark.parametrize(("same", "cross"), [(True, True), (False, True), (True, False)])
+def test_windows_with_far_samples_equal_biased_dense_attention(axis, same, cross, monkeypatch) -> None:
+    config = LiteFocusConfig(same_frequency=same, cross_frequency=cross, time_window=20, min_sampled=5, far_sampled=3)
+    focus = focus_set(150, 3, config, freq_axis=axis)
+    keys = {(True, True): 84 + 2 * 8 + 3 * 3, (False, True): 3 * (8 + 3), (True, False): 84 + 3}
+    assert focus.keys_per_query == keys[same, cross]
+    q, k, v = qkv(2, 2, focus.tokens, 4)
+    expected = biased_attention(q, k, v, bias(focus))
+    torch.testing.assert_close(focus_attention(q, k, v, focus), expected, rtol=1e-6, atol=1e-6)
+    monkeypatch.setattr("litefocus.attention.SLICE_BYTES", 1)  # one group at a time
+    torch.testing.assert_close(focus_attention(q, k, v, focus), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_weights_bring_the_output_nearer_to_dense_attention() -> None:
+    """Where attention is uniform the published sets give the own bin more than half of the mass; weights mend it."""
+    q, k, v = qkv(1, 2, 400 * 8, 16)
+    dense = F.scaled_dot_product_attention(q * 0.1, k, v)
+
+    def error(config: LiteFocusConfig) -> float:
+        difference = focus_attention(q * 0.1, k, v, focus_set(400, 8, config)) - dense
+        return float(difference.norm() / dense.norm())
+
+    assert error(LiteFocusConfig(sparse_ratio=1, time_window=None)) < 1e-12
+    weighted, paper = error(LiteFocusConfig(time_window=None)), error(LiteFocusConfig.paper())
+    assert weighted < 0.8 * paper
+
+
 @pytest.mark.parametrize("axis", ["width", "height"])
 @pytest.mark.parametrize("same", [True, False])
 def test_time_windows_equal_masked_dense_attention(axis, same, monkeypatch) -> None:
-    focus = focus_set(150, 3, LiteFocusConfig(same_frequency=same, time_window=20), freq_axis=axis)
+    focus = focus_set(150, 3, LiteFocusConfig.paper(same_frequency=same, time_window=20), freq_axis=axis)
     assert len(focus.queries) == (9 if same else 3)
     q, k, v = qkv(2, 2, focus.tokens, 4)
     expected = masked_attention(q, k, v, allowed(focus))
@@ -51,34 +93,36 @@ def test_time_windows_equal_masked_dense_attention(axis, same, monkeypatch) -> N
 
 def test_at_ratio_one_equals_dense_attention() -> None:
     q, k, v = qkv(2, 4, 96, 8, torch.float32)
-    focus = focus_set(12, 8, LiteFocusConfig(sparse_ratio=1))
+    focus = focus_set(12, 8, LiteFocusConfig.paper(sparse_ratio=1))
     torch.testing.assert_close(focus_attention(q, k, v, focus), F.scaled_dot_product_attention(q, k, v))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_is_as_exact_as_dense_attention_in_every_precision(dtype) -> None:
-    focus = focus_set(64, 8)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_is_as_exact_as_dense_attention_in_every_precision(dtype, weighted) -> None:
+    focus = focus_set(64, 8, LiteFocusConfig.paper(reweight=weighted))
     q, k, v = qkv(1, 2, focus.tokens, 16, dtype)
     output = focus_attention(q, k, v, focus)
     dense = F.scaled_dot_product_attention(q, k, v)
-    error = (output - masked_attention(q, k, v, allowed(focus))).abs().max()
-    dense_error = (dense - masked_attention(q, k, v, torch.ones_like(allowed(focus)))).abs().max()
+    error = (output - biased_attention(q, k, v, bias(focus))).abs().max()
+    dense_error = (dense - biased_attention(q, k, v, torch.zeros(()))).abs().max()
     assert output.dtype == dtype
     # fewer keys average out less of the values' own rounding: sqrt(512 / 106) = 2.2
     assert error < 3 * dense_error
 
 
-def test_gradients_are_those_of_masked_dense_attention() -> None:
-    focus = focus_set(10, 4, LiteFocusConfig(sparse_ratio=0.3))
+@pytest.mark.parametrize("weighted", [True, False])
+def test_gradients_are_those_of_masked_dense_attention(weighted) -> None:
+    focus = focus_set(10, 4, LiteFocusConfig.paper(sparse_ratio=0.3, reweight=weighted))
     inputs = [x.clone().requires_grad_() for x in qkv(2, 2, focus.tokens, 4)]
     weight = torch.randn(2, 2, focus.tokens, 4, dtype=torch.float64)
     got = torch.autograd.grad((focus_attention(*inputs, focus) * weight).sum(), inputs)
-    expected = torch.autograd.grad((masked_attention(*inputs, allowed(focus)) * weight).sum(), inputs)
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    expected = torch.autograd.grad((biased_attention(*inputs, bias(focus)) * weight).sum(), inputs)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)  # weights in float32
 
 
 def test_every_batch_element_is_computed_alike() -> None:
-    focus = focus_set(16, 4)
+    focus = focus_set(16, 4, LiteFocusConfig.paper())
     q, k, v = qkv(3, 2, focus.tokens, 8)
     together = focus_attention(q, k, v, focus)
     alone = torch.cat([focus_attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], focus) for i in range(3)])
@@ -86,7 +130,7 @@ def test_every_batch_element_is_computed_alike() -> None:
 
 
 def test_values_may_have_another_width() -> None:
-    focus = focus_set(6, 4)
+    focus = focus_set(6, 4, LiteFocusConfig.paper())
     q, k, _ = qkv(1, 2, focus.tokens, 8)
     _, _, v = qkv(1, 2, focus.tokens, 5)
     torch.testing.assert_close(focus_attention(q, k, v, focus), masked_attention(q, k, v, allowed(focus)))
@@ -99,7 +143,7 @@ def test_same_frequency_branch_is_the_published_arithmetic() -> None:
     folded = [x.view(batch, heads, frames, bins, dim).permute(0, 1, 3, 2, 4) for x in (q, k, v)]
     weights = (folded[0] @ folded[1].transpose(-1, -2) * dim**-0.5).softmax(-1)
     expected = (weights @ folded[2]).permute(0, 1, 3, 2, 4).reshape(q.shape)
-    config = LiteFocusConfig(cross_frequency=False)
+    config = LiteFocusConfig.paper(cross_frequency=False)
     torch.testing.assert_close(focus_attention(q, k, v, focus_set(frames, bins, config)), expected)
 
 
@@ -109,7 +153,7 @@ def test_same_keys_with_duplicates_are_the_published_arithmetic() -> None:
     tokens = frames * bins
     q, k, v = qkv(1, 2, tokens, dim)
     sample = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))[: tokens // 4]
-    union = focus_set(frames, bins)
+    union = focus_set(frames, bins, LiteFocusConfig.paper())
     keys = torch.cat([union.queries, sample.expand(bins, -1)], dim=1)
     assert any(len(set(row)) < len(row) for row in keys.tolist())
     got = focus_attention(q, k, v, FocusSet(union.queries, keys, union.inverse))
@@ -126,7 +170,7 @@ def test_same_keys_with_duplicates_are_the_published_arithmetic() -> None:
 @pytest.mark.parametrize("time_window", [None, 128])
 @pytest.mark.parametrize("projected", [False, True])
 def test_one_call_needs_at_most_three_times_the_memory_of_its_inputs(projected, time_window) -> None:
-    focus = focus_set(512, 8, LiteFocusConfig(time_window=time_window))
+    focus = focus_set(512, 8, LiteFocusConfig.paper(time_window=time_window))
     q, k, v = qkv(2, 8, focus.tokens, 32, torch.float32)
     if projected:
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
@@ -140,7 +184,7 @@ def test_one_call_needs_at_most_three_times_the_memory_of_its_inputs(projected, 
 def test_with_time_windows_a_call_moves_memory_in_proportion_to_the_clip(projected) -> None:
     moved = []
     for frames in (1024, 2048):
-        focus = focus_set(frames, 8, LiteFocusConfig(time_window=128))
+        focus = focus_set(frames, 8, LiteFocusConfig.paper(time_window=128))
         q, k, v = qkv(1, 4, focus.tokens, 16, torch.float32)
         if projected:
             q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
@@ -150,15 +194,21 @@ def test_with_time_windows_a_call_moves_memory_in_proportion_to_the_clip(project
     assert moved[1] == pytest.approx(2 * moved[0], rel=0.05)
 
 
+@pytest.mark.parametrize("config", [LiteFocusConfig(), LiteFocusConfig(time_window=1)])
+def test_an_empty_batch_is_an_empty_result(config) -> None:
+    q, k, v = qkv(0, 2, 300 * 4, 8)
+    assert focus_attention(q, k, v, focus_set(300, 4, config)).shape == (0, 2, 1200, 8)
+
+
 def test_refuses_another_grid() -> None:
     q, k, v = qkv(1, 1, 24, 4)
     with pytest.raises(ValueError, match="the focus set is for 32 tokens, query has 24"):
-        focus_attention(q, k, v, focus_set(8, 4))
+        focus_attention(q, k, v, focus_set(8, 4, LiteFocusConfig.paper()))
 
 
 def test_refuses_shapes_that_do_not_fit() -> None:
     q, k, v = qkv(1, 1, 24, 4)
-    focus = focus_set(6, 4)
+    focus = focus_set(6, 4, LiteFocusConfig.paper())
     for bad in [(q[0], k, v), (q, k[:, :, :12], v), (q, k, v[:, :, :12])]:
         with pytest.raises(ValueError, match=r"must be \(batch, heads, tokens, head_dim\) of equal shape, got"):
             focus_attention(*bad, focus)
@@ -167,4 +217,4 @@ def test_refuses_shapes_that_do_not_fit() -> None:
 def test_refuses_a_focus_set_on_another_device() -> None:
     q, k, v = qkv(1, 1, 24, 4).to("meta")
     with pytest.raises(ValueError, match=r"on cpu, query on meta; use focus.to\(query.device\)"):
-        focus_attention(q, k, v, focus_set(6, 4))
+        focus_attention(q, k, v, focus_set(6, 4, LiteFocusConfig.paper()))

@@ -16,89 +16,28 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from benchmark import authors
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
-from oracle import Grids, install_oracle, masked_attention
-from pipelines import JOINT, _shared_parts, _t5_tokenizer, build
+from support.authors import VARIANTS, authors, cross_attention, original_unet, run_original
+from support.oracle import Grids, biased_attention, install_oracle
+from support.pipelines import JOINT, build, shared_parts, t5_tokenizer
 from torch import Tensor, nn
 from transformers import GPT2Model, T5Config, T5EncoderModel
 
 import litefocus
 from litefocus import LiteFocusConfig
-from litefocus.unet import geometry_of
+from litefocus._latent import latent_geometry
 
 ALL = LiteFocusConfig(min_freq_bins=2)
 
 
 @pytest.fixture(autouse=True)
 def small_grids_focus_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("litefocus.processor.MIN_KEYS_SAVED", 1)
+    monkeypatch.setattr("litefocus._grid.MIN_KEYS_SAVED", 1)
 
 
 # --- the original AudioLDM, AudioLDM 2 and AudioSR code --------------------------------------------------------------
-
-
-def original_unet(variant: str) -> nn.Module:
-    """The authors' UNet with the settings of their configurations, at a quarter of the width. Their output
-    layers start at zero, which would hide everything.
-    """
-    package, module = ("audioldm", "latent_diffusion.openaimodel")
-    if variant != "audioldm":
-        package, module = "audioldm2", "latent_diffusion.modules.diffusionmodules.openaimodel"
-    settings = {
-        "image_size": 64,
-        "in_channels": 8,
-        "out_channels": 8,
-        "model_channels": 32,
-        "attention_resolutions": [8, 4, 2],
-        "num_res_blocks": 2,
-        "channel_mult": [1, 2, 3, 5],
-        "num_head_channels": 32,
-        "use_spatial_transformer": True,
-        **VARIANTS[variant][0],
-    }
-    torch.manual_seed(0)
-    unet = authors(package, module).UNetModel(**settings).eval()
-    for parameter in unet.parameters():
-        if not parameter.any():
-            nn.init.normal_(parameter, std=0.1)
-    return unet
-
-
-VARIANTS: dict[str, tuple[dict[str, Any], int, int, int]] = {  # settings, bins at the input, self-attention, all
-    "audioldm": ({"extra_film_condition_dim": 24, "extra_film_use_concat": True}, 16, 32, 32),
-    "audioldm2 full": ({"context_dim": [28, 20]}, 16, 64, 96),
-    "audioldm2 large": ({"context_dim": [28, 20, None], "transformer_depth": 2}, 16, 192, 256),
-    "audioldm2 speech": ({"context_dim": [28]}, 16, 48, 64),
-    "audioldm2 T5": ({"context_dim": [20]}, 16, 48, 64),
-    "audioldm2 48k": (
-        {"in_channels": 16, "out_channels": 16, "extra_film_condition_dim": 24, "context_dim": [None]},
-        32,
-        64,
-        64,
-    ),
-}
-
-
-def run_original(unet: Any, frames: int = 24, bins: int = 16) -> Tensor:
-    generator = torch.Generator().manual_seed(frames)
-    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
-    conditions: dict[str, Any] = {}
-    if unet.extra_film_condition_dim:
-        conditions["y"] = draw(2, unet.extra_film_condition_dim)
-    if "audioldm2" in type(unet).__module__:
-        widths = [layer.to_k.in_features for name, layer in cross_attention(unet).items() if "input_blocks.4." in name]
-        widths = list(dict.fromkeys(width for width in widths if width != 64))
-        conditions["context_list"] = [draw(2, 5, width) for width in widths]
-        conditions["context_attn_mask_list"] = [torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])] * len(widths)
-    with torch.no_grad():
-        return unet(draw(2, unet.in_channels, frames, bins), timesteps=torch.tensor([7, 7]), **conditions)
-
-
-def cross_attention(unet: nn.Module) -> dict[str, Any]:
-    return {name: layer for name, layer in unet.named_modules() if type(layer).__name__ == "CrossAttention"}
 
 
 def install_original_oracle(unet: nn.Module, config: LiteFocusConfig, freq_bins: int) -> None:
@@ -107,12 +46,12 @@ def install_original_oracle(unet: nn.Module, config: LiteFocusConfig, freq_bins:
     for name, layer in cross_attention(unet).items():
 
         def forward(x: Tensor, context: Any = None, mask: Any = None, name: str = name, layer: Any = layer) -> Tensor:
-            allowed = grids.mask(name, config, freq_bins) if context is None else None
-            if allowed is None:
+            added = grids.bias(name, config, freq_bins) if context is None else None
+            if added is None:
                 return type(layer).forward(layer, x, context, mask)
             head_dim = round(layer.scale**-2)
             q, k, v = (f(x).unflatten(2, (-1, head_dim)).transpose(1, 2) for f in (layer.to_q, layer.to_k, layer.to_v))
-            return layer.to_out(masked_attention(q, k, v, allowed).to(x.dtype).transpose(1, 2).flatten(2))
+            return layer.to_out(biased_attention(q, k, v, added).to(x.dtype).transpose(1, 2).flatten(2))
 
         layer.forward = forward
 
@@ -237,7 +176,7 @@ class TangoVAE(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        parts = _shared_parts()
+        parts = shared_parts()
         self.inner, self.vocoder = parts["vae"], parts["vocoder"]
         self.encoder = self.inner.encoder
         self.encoder.num_resolutions = len(self.inner.config.block_out_channels)
@@ -259,7 +198,7 @@ class AudioDiffusion(nn.Module):
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
         self.unet = unet
-        self.tokenizer = _t5_tokenizer()
+        self.tokenizer = t5_tokenizer()
         config = T5Config(vocab_size=64, d_model=JOINT, d_ff=16, d_kv=8, num_heads=1, num_layers=1)
         self.text_encoder = T5EncoderModel(config).eval()
 
@@ -389,7 +328,7 @@ def test_bins_are_read_from_the_real_vae_of_audioldm() -> None:
         "dropout": 0.0,
     }
     vae = authors("audioldm", "variational_autoencoder.autoencoder").AutoencoderKL(ddconfig=settings, embed_dim=8)
-    geometry = geometry_of(types.SimpleNamespace(vae=vae))
+    geometry = latent_geometry(types.SimpleNamespace(vae=vae))
     assert geometry is not None
     assert (geometry.freq_bins, geometry.num_frames(80)) == (16, 2000)
 

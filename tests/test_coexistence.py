@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import SlicedAttnProcessor
-from oracle import install_oracle
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from pipelines import JOINT, build, generate
+from support.oracle import install_oracle
+from support.pipelines import JOINT, build, generate
 from torch import Tensor, nn
 
 import litefocus

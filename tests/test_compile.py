@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
-from pipelines import audioldm2_unet, audioldm_unet
+from support.pipelines import audioldm2_unet, audioldm_unet
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
@@ -15,6 +15,7 @@ import litefocus
 from litefocus import LiteFocusAttnProcessor, LiteFocusConfig
 
 LENGTHS = (32, 48)
+PAPER = LiteFocusConfig.paper()
 TWO_LEVELS = {
     "channels": (8, 16),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -57,10 +58,10 @@ def step(unet: nn.Module, frames: int) -> Tensor:
     ids=["patched, then compiled", "run, then compiled", "run, then compiled with dynamic shapes"],
 )
 def test_compiles_without_a_graph_break(unet, warm, dynamic) -> None:
-    litefocus.patch(unet, freq_bins=16)
+    litefocus.patch(unet, PAPER, freq_bins=16)
     expected = {frames: step(unet, frames) for frames in LENGTHS}
     if not warm:
-        litefocus.patch(unet, freq_bins=16)  # anew: no length has been seen
+        litefocus.patch(unet, PAPER, freq_bins=16)  # anew: no length has been seen
     counter = CompileCounter()
     compiled = torch.compile(unet, fullgraph=True, backend=counter, dynamic=dynamic)
     for _ in range(2):
@@ -73,7 +74,7 @@ def test_patches_and_unpatches_what_is_compiled_already(unet) -> None:
     dense = step(unet, 32)
     compiled = torch.compile(unet, fullgraph=True, backend="eager")
     assert torch.equal(step(compiled, 32), dense)
-    litefocus.patch(compiled, freq_bins=16)
+    litefocus.patch(compiled, PAPER, freq_bins=16)
     patched = step(compiled, 32)
     assert (patched - dense).abs().max() > 1e-4
     assert torch.equal(patched, step(unet, 32))
@@ -85,18 +86,18 @@ def test_patches_and_unpatches_what_is_compiled_already(unet) -> None:
 def test_inductor_with_time_windows() -> None:
     torch.manual_seed(0)
     unet = audioldm_unet(**TWO_LEVELS, mid_block_type=None)
-    litefocus.patch(unet, freq_bins=16, time_window=8)
+    litefocus.patch(unet, PAPER, freq_bins=16, time_window=8, far_sampled=0)
     expected = step(unet, 160)
     torch.testing.assert_close(step(torch.compile(unet, fullgraph=True), 160), expected, rtol=1e-4, atol=1e-5)
-    (cached,) = unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.processor._focus_sets.values()
-    assert cached.keys.shape == (16, 68 + 7 * 7)
+    (cached,) = unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1._litefocus.grid._drawn.values()
+    assert cached.sets[0].keys.shape == (16, 68 + 7 * 7)
 
 
 def test_inductor_with_dynamic_lengths() -> None:
     """One layer, since a whole UNet takes minutes to compile: right at every length, compiled once for each."""
     torch.manual_seed(0)
     layer = Attention(query_dim=16, heads=2, dim_head=8)
-    config = LiteFocusConfig(time_window=8)
+    config = LiteFocusConfig.paper(time_window=8)
     layer.set_processor(LiteFocusAttnProcessor(layer.processor, layer="mid", freq_bins=8, config=config))
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     with torch.no_grad():

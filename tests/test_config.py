@@ -10,16 +10,29 @@ import pytest
 
 from litefocus import LiteFocusConfig
 
+DEFAULTS = {
+    "same_frequency": True,
+    "cross_frequency": True,
+    "sparse_ratio": 0.1,
+    "min_sampled": 32,
+    "reweight": True,
+    "time_window": 1024,
+    "far_sampled": 16,
+    "min_freq_bins": 2,
+    "seed": 0,
+}
 
-def test_defaults_are_the_published_settings() -> None:
-    assert dataclasses.asdict(LiteFocusConfig()) == {
-        "same_frequency": True,
-        "cross_frequency": True,
-        "sparse_ratio": 0.1,
-        "seed": 0,
-        "min_freq_bins": 8,
-        "time_window": None,
-    }
+
+def test_defaults() -> None:
+    assert dataclasses.asdict(LiteFocusConfig()) == DEFAULTS
+
+
+def test_the_published_settings() -> None:
+    paper = {"min_sampled": 0, "reweight": False, "time_window": None, "far_sampled": 0, "min_freq_bins": 8}
+    assert dataclasses.asdict(LiteFocusConfig.paper()) == {**DEFAULTS, **paper}
+    assert LiteFocusConfig.paper(seed=2, min_freq_bins=4) == LiteFocusConfig(**{**paper, "seed": 2, "min_freq_bins": 4})
+    with pytest.raises(TypeError, match=r"no option 'sead'. Did you mean 'seed'"):
+        LiteFocusConfig.paper(sead=2)
 
 
 def test_is_frozen_hashable_and_picklable() -> None:
@@ -56,6 +69,9 @@ def test_numbers_of_numpy_become_plain_ones() -> None:
         ({"seed": True}, TypeError, "seed must be an integer"),
         ({"min_freq_bins": 0}, ValueError, "min_freq_bins must be an integer of at least 1, got 0"),
         ({"min_freq_bins": 8.0}, TypeError, "min_freq_bins must be an integer"),
+        ({"min_sampled": -1}, ValueError, "min_sampled must be an integer of at least 0, got -1"),
+        ({"far_sampled": 1.5}, TypeError, r"far_sampled must be an integer of at least 0, got 1.5 \(float\)"),
+        ({"reweight": None}, TypeError, r"reweight must be True or False, got None \(NoneType\)"),
         ({"time_window": 0}, ValueError, "time_window must be an integer of at least 1, got 0"),
         ({"time_window": 25.6}, TypeError, r"time_window must be an integer .* got 25.6 \(float\)"),
         ({"same_frequency": 1}, TypeError, r"same_frequency must be True or False, got 1 \(int\)"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import bin_and_frame
+from support.oracle import bin_and_frame
 
 from litefocus import LiteFocusConfig, focus_set
 
@@ -20,7 +20,7 @@ axes = st.sampled_from(["width", "height"])
 @settings(max_examples=150, deadline=None)
 def test_every_set_is_its_own_bin_and_an_equal_share_of_every_other(grid, ratio, axis, seed) -> None:
     num_frames, freq_bins = grid
-    focus = focus_set(num_frames, freq_bins, LiteFocusConfig(sparse_ratio=ratio, seed=seed), freq_axis=axis)
+    focus = focus_set(num_frames, freq_bins, LiteFocusConfig.paper(sparse_ratio=ratio, seed=seed), freq_axis=axis)
     sampled = 0 if ratio == 0 else max(1, round(ratio * num_frames))
     frames_of_bin: dict[int, set[int]] = {}  # what the sample took from each bin
 
@@ -44,7 +44,7 @@ def test_every_set_is_its_own_bin_and_an_equal_share_of_every_other(grid, ratio,
 @settings(max_examples=50, deadline=None)
 def test_without_same_frequency_all_queries_share_a_sample_of_every_bin(grid, ratio, axis) -> None:
     num_frames, freq_bins = grid
-    config = LiteFocusConfig(same_frequency=False, sparse_ratio=ratio)
+    config = LiteFocusConfig.paper(same_frequency=False, sparse_ratio=ratio)
     focus = focus_set(num_frames, freq_bins, config, freq_axis=axis)
     sampled = max(1, round(ratio * num_frames))
     assert focus.queries.shape == (1, num_frames * freq_bins)
@@ -65,7 +65,7 @@ def test_without_same_frequency_all_queries_share_a_sample_of_every_bin(grid, ra
 )
 @settings(max_examples=60, deadline=None)
 def test_time_windows_by_their_definition(num_frames, freq_bins, time_window, ratio, same, axis) -> None:
-    config = LiteFocusConfig(same_frequency=same or ratio == 0, sparse_ratio=ratio, time_window=time_window)
+    config = LiteFocusConfig.paper(same_frequency=same or ratio == 0, sparse_ratio=ratio, time_window=time_window)
     focus = focus_set(num_frames, freq_bins, config, freq_axis=axis)
     half = (time_window + 1) // 2
     assert focus.queries.flatten()[focus.inverse].tolist() == list(range(num_frames * freq_bins))
@@ -104,26 +104,26 @@ def test_time_windows_by_their_definition(num_frames, freq_bins, time_window, ra
 
 def test_a_clip_no_longer_than_its_window_is_not_cut() -> None:
     for num_frames, time_window in [(192, 128), (64, 1), (300, 10**9)]:
-        plain, windowed = (focus_set(num_frames, 3, LiteFocusConfig(time_window=w)) for w in (None, time_window))
+        plain, windowed = (focus_set(num_frames, 3, LiteFocusConfig.paper(time_window=w)) for w in (None, time_window))
         assert torch.equal(plain.queries, windowed.queries)
         assert torch.equal(plain.keys, windowed.keys)
-    assert focus_set(193, 3, LiteFocusConfig(time_window=128)).keys.shape == (3 * 4, 192 + 2 * 19)
+    assert focus_set(193, 3, LiteFocusConfig.paper(time_window=128)).keys.shape == (3 * 4, 192 + 2 * 19)
 
 
 def test_with_a_time_window_cost_is_linear_in_the_clip() -> None:
-    config = LiteFocusConfig(time_window=128)
+    config = LiteFocusConfig.paper(time_window=128)
     pairs = {n: focus_set(n, 8, config).keys_per_query * n * 8 for n in (1024, 2048, 8192)}
     assert pairs[2048] == 2 * pairs[1024]
     assert pairs[8192] == 8 * pairs[1024]
     assert focus_set(1024, 8, config).keys_per_query == 325
-    wide = focus_set(4096, 8, LiteFocusConfig(time_window=512))  # blocks of half a window
+    wide = focus_set(4096, 8, LiteFocusConfig.paper(time_window=512))  # blocks of half a window
     assert wide.queries.shape == (8 * 16, 256)
     assert wide.keys.shape == (8 * 16, 768 + 7 * 77)
 
 
 def test_blocks_without_same_frequency_sample_their_own_window() -> None:
     """Every frame of a window is in reach: at ratio 1 the sample is the window."""
-    config = LiteFocusConfig(same_frequency=False, sparse_ratio=1, time_window=20)
+    config = LiteFocusConfig.paper(same_frequency=False, sparse_ratio=1, time_window=20)
     focus = focus_set(150, 2, config)
     windows = [(0, 83), (54, 137), (66, 149)]  # blocks at 0, 64 and 86, ten frames on either side, clamped
     for keys, (first, last) in zip(focus.keys.tolist(), windows, strict=True):
@@ -131,36 +131,36 @@ def test_blocks_without_same_frequency_sample_their_own_window() -> None:
 
 
 def test_without_cross_frequency_only_the_own_bin_is_left() -> None:
-    focus = focus_set(5, 3, LiteFocusConfig(cross_frequency=False))
+    focus = focus_set(5, 3, LiteFocusConfig.paper(cross_frequency=False))
     assert focus.keys.tolist() == focus.queries.tolist() == [[f + 3 * t for t in range(5)] for f in range(3)]
 
 
 def test_at_ratio_one_every_query_sees_every_token_once() -> None:
-    focus = focus_set(7, 4, LiteFocusConfig(sparse_ratio=1))
+    focus = focus_set(7, 4, LiteFocusConfig.paper(sparse_ratio=1))
     assert [sorted(keys) for keys in focus.keys.tolist()] == [list(range(28))] * 4
 
 
 def test_a_short_clip_keeps_one_frame_of_every_other_bin() -> None:
-    assert focus_set(4, 8, LiteFocusConfig(sparse_ratio=0.1)).keys_per_query == 4 + 7
+    assert focus_set(4, 8, LiteFocusConfig.paper(sparse_ratio=0.1)).keys_per_query == 4 + 7
 
 
 def test_size_at_80_seconds_is_the_papers() -> None:
-    focus = focus_set(1024, 8)
+    focus = focus_set(1024, 8, LiteFocusConfig.paper())
     assert (focus.tokens, focus.keys_per_query) == (8192, 1738)
     assert focus.queries.dtype == focus.keys.dtype == focus.inverse.dtype == torch.int64
 
 
 def test_draws_are_pinned() -> None:
     """Equal on every machine and in every release: a change here changes everybody's audio."""
-    assert focus_set(6, 2, LiteFocusConfig(sparse_ratio=0.34)).keys.tolist() == [
-        [0, 2, 4, 6, 8, 10, 3, 5],
-        [1, 3, 5, 7, 9, 11, 0, 10],
+    assert focus_set(6, 2, LiteFocusConfig.paper(sparse_ratio=0.34)).keys.tolist() == [
+        [0, 2, 4, 6, 8, 10, 5, 11],
+        [1, 3, 5, 7, 9, 11, 4, 8],
     ]
 
 
 def test_depends_on_seed_layer_and_length_alone() -> None:
     def keys(num_frames: int = 50, seed: int = 0, layer: str = "a") -> list[list[int]]:
-        return focus_set(num_frames, 4, LiteFocusConfig(seed=seed), layer=layer).keys.tolist()
+        return focus_set(num_frames, 4, LiteFocusConfig.paper(seed=seed), layer=layer).keys.tolist()
 
     assert keys() == keys()
     assert keys() != keys(seed=1)
@@ -172,10 +172,10 @@ def test_depends_on_seed_layer_and_length_alone() -> None:
 def test_leaves_the_global_random_state_alone_and_ignores_it() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    keys = focus_set(30, 4).keys
+    keys = focus_set(30, 4, LiteFocusConfig.paper()).keys
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
-    assert torch.equal(focus_set(30, 4).keys, keys)
+    assert torch.equal(focus_set(30, 4, LiteFocusConfig.paper()).keys, keys)
 
 
 def test_is_the_same_in_another_process() -> None:
@@ -186,8 +186,8 @@ def test_is_the_same_in_another_process() -> None:
 
 def test_is_built_on_the_cpu_whatever_the_default_device() -> None:
     with torch.device("meta"):
-        focus = focus_set(20, 3)
-    assert torch.equal(focus.keys, focus_set(20, 3).keys)
+        focus = focus_set(20, 3, LiteFocusConfig.paper())
+    assert torch.equal(focus.keys, focus_set(20, 3, LiteFocusConfig.paper()).keys)
     assert focus.to("meta").keys.device.type == "meta"
 
 
@@ -195,7 +195,7 @@ def test_every_frame_is_as_likely_as_every_other() -> None:
     num_frames, draws = 20, 2000
     counts = torch.zeros(num_frames)
     for seed in range(draws):
-        focus = focus_set(num_frames, 2, LiteFocusConfig(sparse_ratio=0.25, seed=seed))
+        focus = focus_set(num_frames, 2, LiteFocusConfig.paper(sparse_ratio=0.25, seed=seed))
         counts[focus.keys[0, num_frames:] // 2] += 1
     expected = 0.25 * draws
     deviation = (draws * 0.25 * 0.75) ** 0.5
@@ -203,9 +203,100 @@ def test_every_frame_is_as_likely_as_every_other() -> None:
     assert (counts - expected).abs().max() < 4.5 * deviation
 
 
+# --- weights: what the paper leaves out
+
+
+def strata(num_frames: int, freq_bins: int, axis: str, windows: list[tuple[int, int, range]]) -> torch.Tensor:
+    """(tokens, tokens): 0 where key j is in query i's own bin and window, 1 in the window, 2 outside, 3 there, own bin.
+
+    windows: (first, last) frame and the frames of the queries that share it, one after the other; later ones win.
+    """
+    place = [bin_and_frame(token, num_frames, freq_bins, axis) for token in range(num_frames * freq_bins)]
+    bins, frames = (torch.tensor(column) for column in zip(*place, strict=True))
+    first, last = torch.zeros_like(frames), torch.zeros_like(frames)
+    for low, high, queries in windows:
+        here = (frames >= queries.start) & (frames < queries.stop)
+        first[here], last[here] = low, high
+    inside = (frames >= first[:, None]) & (frames <= last[:, None])
+    own = bins == bins[:, None]
+    return torch.where(inside, torch.where(own, 0, 1), torch.where(own, 3, 2))
+
+
+@pytest.mark.parametrize("axis", ["width", "height"])
+@pytest.mark.parametrize(("same", "cross"), [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("time_window", [None, 20])
+def test_weights_make_every_pair_count_once_on_average(time_window, same, cross, axis) -> None:
+    """Horvitz-Thompson: the mean of weight x membership is 1 for every pair that can be drawn, whatever its stratum."""
+    num_frames, freq_bins, draws, c, m = 150, 3, 500, 9, 7
+    windows = [(0, 149, range(150))]  # blocks of 64 at 0, 64 and 86, ten frames on either side, clamped to the clip
+    if time_window:
+        windows = [(0, 83, range(64)), (54, 137, range(64, 128)), (66, 149, range(128, 150))]
+    n = windows[0][1] + 1
+    total = torch.zeros(num_frames * freq_bins, num_frames * freq_bins, dtype=torch.float64)
+    for seed in range(draws):
+        config = LiteFocusConfig(
+            same_frequency=same,
+            cross_frequency=cross,
+            sparse_ratio=0.01,
+            min_sampled=c,
+            time_window=time_window,
+            far_sampled=m,
+            seed=seed,
+        )
+        focus = focus_set(num_frames, freq_bins, config, freq_axis=axis)
+        assert (focus.log_weights is None) == (not time_window and not (same and cross))
+        weights = torch.ones(focus.keys_per_query) if focus.log_weights is None else focus.log_weights.exp()
+        counted = torch.zeros(len(focus.keys), focus.tokens, dtype=torch.float64)
+        counted.scatter_(1, focus.keys, weights.double().expand(len(focus.keys), -1))
+        total += counted[focus.inverse // focus.queries.shape[1]]
+    pairs = strata(num_frames, freq_bins, axis, windows)
+    far = (num_frames - n) / m
+    weight = torch.tensor([1.0, n / c, far, far], dtype=torch.float64)[pairs]
+    if not same:
+        weight[pairs == 0] = n / c
+        if not time_window:  # all alike: equal weights cancel, and are left out
+            total *= n / c
+    drawn = pairs.new_tensor([True, cross, cross, True], dtype=torch.bool)[pairs]
+    assert not total[~drawn].any()
+    deviation = ((total / draws - 1).abs() / ((weight - 1) / draws).sqrt().clamp(min=1e-7))[drawn]
+    assert deviation.max() < 5.5  # standard errors, of up to 200,000 pairs
+
+
+def test_a_floor_on_the_sample_and_never_more_than_there_is() -> None:
+    """c = max(min_sampled, r T), at most T."""
+    for num_frames, sampled in [(1000, 100), (320, 32), (100, 32), (32, 32), (5, 5)]:
+        config = LiteFocusConfig(time_window=None)
+        focus = focus_set(num_frames, 2, config)
+        assert focus.keys_per_query == num_frames + sampled
+        if sampled == num_frames:
+            assert focus.log_weights is None
+        else:
+            assert focus.log_weights.exp().unique().tolist() == pytest.approx([1, num_frames / sampled])
+    assert focus_set(100, 2, LiteFocusConfig(sparse_ratio=0)).keys_per_query == 100  # no sample, no floor
+    assert focus_set(100, 2, LiteFocusConfig(reweight=False)).log_weights is None
+
+
+def test_the_default_at_ten_minutes() -> None:
+    """A window of 768 frames at 8 bins (time_window 512 there): 768 own + 7 x 77 + 8 x 16 keys at any length."""
+    for num_frames in (7500, 15000):
+        focus = focus_set(num_frames, 8, LiteFocusConfig(time_window=512))
+        assert focus.keys_per_query == 768 + 7 * 77 + 8 * 16
+        kinds = focus.log_weights.exp().unique_consecutive()
+        assert kinds.tolist() == pytest.approx([1, 768 / 77, (num_frames - 768) / 16], rel=1e-5)
+
+
+def test_draws_of_a_layer_differ_and_share_everything_else() -> None:
+    first, second = (focus_set(50, 4, layer="a", draw=draw) for draw in (0, 1))
+    assert torch.equal(first.keys, focus_set(50, 4, layer="a").keys)
+    assert not torch.equal(first.keys, second.keys)
+    assert torch.equal(first.queries, second.queries)
+    assert torch.equal(first.log_weights, second.log_weights)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        ({"num_frames": 8, "freq_bins": 8, "config": {"seed": 1}}, TypeError, "must be a LiteFocusConfig, got dict"),
         ({"num_frames": 0, "freq_bins": 8}, ValueError, "num_frames must be an integer of at least 1, got 0"),
         ({"num_frames": 8, "freq_bins": -1}, ValueError, "freq_bins must be an integer of at least 1, got -1"),
         ({"num_frames": 8.5, "freq_bins": 8}, TypeError, r"num_frames must be an integer .* got 8.5 \(float\)"),

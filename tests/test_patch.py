@@ -15,8 +15,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, SlicedAttnProcessor
-from oracle import install_oracle
-from pipelines import BUILDERS, audioldm2_unet, audioldm_unet, build, generate
+from support.oracle import install_oracle
+from support.pipelines import BUILDERS, audioldm2_unet, audioldm_unet, build, generate
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -47,7 +47,7 @@ def same(before: dict[str, Any], after: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("seconds", [1.0, 1.32, 2.6])  # 25, 33 and 65 latent frames: odd at several levels
 @pytest.mark.parametrize("config", [LiteFocusConfig(), ALL, LiteFocusConfig(sparse_ratio=0.3, seed=5)], ids=str)
 def test_audio_is_that_of_masked_dense_attention(pipe, seconds, config, monkeypatch) -> None:
-    monkeypatch.setattr("litefocus.processor.MIN_KEYS_SAVED", 1)  # the deepest grids focus too, small as they are
+    monkeypatch.setattr("litefocus._grid.MIN_KEYS_SAVED", 1)  # the deepest grids focus too, small as they are
     dense = generate(pipe, seconds)
     oracle = copy.deepcopy(pipe)
     install_oracle(oracle.unet, config)

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from oracle import Grids, allowed, bin_and_frame
-from pipelines import build, generate
-from test_clients import original_unet, run_original
+from support.authors import original_unet, run_original
+from support.oracle import Grids, allowed, bin_and_frame
+from support.pipelines import build, generate
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import litefocus
 from litefocus import LiteFocusConfig, focus_set
-from litefocus.probe import QUERIES
+from litefocus._probe import QUERIES
 
 FRAMES, BINS = 8, 8  # as many tokens as the probe looks at: no query is left out
 
@@ -55,12 +55,12 @@ def test_attention_to_the_own_bin_is_measured(sharpness: float, freq_axis: Any) 
     (row,) = probe.layers
     own = math.exp(sharpness)
     assert (row.freq_bins, row.frames, row.calls) == (BINS, FRAMES, 1)
-    assert row.own_bin.mass == pytest.approx(own / (own + BINS - 1), rel=1e-5)
-    assert row.own_bin.even == pytest.approx(1 / BINS)
+    assert row.same_frequency.mass == pytest.approx(own / (own + BINS - 1), rel=1e-5)
+    assert row.same_frequency.uniform == pytest.approx(1 / BINS)
     sampled = 2 / FRAMES  # of every other bin
     assert row.focus.mass == pytest.approx((own + (BINS - 1) * sampled) / (own + BINS - 1), rel=1e-5)
-    assert row.focus.even == pytest.approx((1 + (BINS - 1) * sampled) / BINS)
-    assert row.window.mass == row.window.even == pytest.approx(1)  # 256 frames: longer than the clip
+    assert row.focus.uniform == pytest.approx((1 + (BINS - 1) * sampled) / BINS)
+    assert row.window.mass == row.window.uniform == pytest.approx(1)  # 256 frames: longer than the clip
 
 
 @pytest.mark.parametrize("freq_axis", ["width", "height"])
@@ -73,8 +73,8 @@ def test_attention_to_the_own_frame_is_measured(freq_axis: Any) -> None:
     own = math.exp(2.0)
     expected = sum((own + n - 1) / (own + FRAMES - 1) for n in near) / FRAMES
     assert row.window.mass == pytest.approx(expected, rel=1e-5)
-    assert row.window.even == pytest.approx(sum(near) / FRAMES**2)
-    assert row.own_bin.mass == pytest.approx(1 / BINS, rel=1e-5)
+    assert row.window.uniform == pytest.approx(sum(near) / FRAMES**2)
+    assert row.same_frequency.mass == pytest.approx(1 / BINS, rel=1e-5)
 
 
 class Recorder:
@@ -99,7 +99,7 @@ class Recorder:
 
 
 def test_every_layer_of_a_pipeline_is_measured_and_its_audio_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["litefocus.probe"], "QUERIES", 10**6)  # all, as the recorder does
+    monkeypatch.setattr(sys.modules["litefocus._probe"], "QUERIES", 10**6)  # all, as the recorder does
     pipe = build("AudioLDM 2")
     expected = generate(pipe, 1.0)
     torch.manual_seed(5)
@@ -113,13 +113,13 @@ def test_every_layer_of_a_pipeline_is_measured_and_its_audio_stays(monkeypatch: 
     recorders, grids = {}, Grids(pipe.unet)
     for name, module in pipe.unet.named_modules():
         if isinstance(module, Attention):
-            recorders[name] = Recorder(name, grids, LiteFocusConfig(sparse_ratio=0.3))
+            recorders[name] = Recorder(name, grids, LiteFocusConfig.paper(sparse_ratio=0.3))
             module.set_processor(recorders[name])
     generate(pipe, 1.0)
     for row in probe.layers:
         recorder = recorders[row.name]
         assert row.calls == len(recorder.own_bin) == 2
-        assert row.own_bin.mass == pytest.approx(sum(recorder.own_bin) / 2, rel=1e-4)
+        assert row.same_frequency.mass == pytest.approx(sum(recorder.own_bin) / 2, rel=1e-4)
         assert row.focus.mass == pytest.approx(sum(recorder.focus) / 2, rel=1e-4)
 
 
@@ -158,7 +158,7 @@ def test_memory_is_bounded() -> None:
 def test_prints_a_table() -> None:
     unet = OneLayer(BINS, 1.0)
     probe = litefocus.probe(unet, freq_bins=BINS)
-    assert probe.layers[0].own_bin is None
+    assert probe.layers[0].same_frequency is None
     assert repr(probe).splitlines()[-1].split() == ["down_blocks.0.0", "8"] + ["-"] * 7
     with probe:
         unet(tokens_that_tell(0, "width"))

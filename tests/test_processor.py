@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, SlicedAttnProcessor
-from oracle import allowed
+from support.oracle import allowed
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -19,7 +19,7 @@ FRAMES, BINS = 10, 4
 @pytest.fixture(autouse=True)
 def small_grids_focus_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Grids that an oracle can afford save fewer keys than make a focus call cheaper."""
-    monkeypatch.setattr("litefocus.processor.MIN_KEYS_SAVED", 1)
+    monkeypatch.setattr("litefocus._grid.MIN_KEYS_SAVED", 1)
 
 
 class Recorder:
@@ -35,7 +35,7 @@ class Recorder:
 
 def processor(original: Any = None, **options: Any) -> LiteFocusAttnProcessor:
     freq_bins = options.pop("freq_bins", BINS)
-    config = LiteFocusConfig(**{"min_freq_bins": 1, "sparse_ratio": 0.3, **options})
+    config = LiteFocusConfig.paper(**{"min_freq_bins": 1, "sparse_ratio": 0.3, **options})
     return LiteFocusAttnProcessor(original or Recorder(), layer="here", freq_bins=freq_bins, config=config)
 
 
@@ -61,7 +61,7 @@ def attention(**settings: Any) -> Attention:
 def test_equals_diffusers_processor_with_a_mask(settings, spatial) -> None:
     attn = attention(**settings)
     x = torch.randn(2, 16, FRAMES, BINS) if spatial else torch.randn(2, FRAMES * BINS, 16)
-    focus = focus_set(FRAMES, BINS, LiteFocusConfig(sparse_ratio=0.3), layer="here")
+    focus = focus_set(FRAMES, BINS, LiteFocusConfig.paper(sparse_ratio=0.3), layer="here")
     mask = torch.zeros(2, focus.tokens, focus.tokens).masked_fill(~allowed(focus), -torch.inf)
     expected = AttnProcessor2_0()(attn, x, attention_mask=mask)
     attn.set_processor(processor())
@@ -71,7 +71,7 @@ def test_equals_diffusers_processor_with_a_mask(settings, spatial) -> None:
 def test_spatial_norm_gets_the_time_embedding() -> None:
     attn = attention(query_dim=32, spatial_norm_dim=6)
     x, temb = torch.randn(2, 32, FRAMES, BINS), torch.randn(2, 6, FRAMES, BINS)
-    focus = focus_set(FRAMES, BINS, LiteFocusConfig(sparse_ratio=0.3), layer="here")
+    focus = focus_set(FRAMES, BINS, LiteFocusConfig.paper(sparse_ratio=0.3), layer="here")
     mask = torch.zeros(2, focus.tokens, focus.tokens).masked_fill(~allowed(focus), -torch.inf)
     expected = AttnProcessor2_0()(attn, x, attention_mask=mask, temb=temb)
     torch.testing.assert_close(processor()(attn, x, temb=temb), expected)
@@ -121,14 +121,14 @@ def test_original_may_take_fewer_arguments() -> None:
 
 def test_a_time_window_is_counted_at_the_input_and_halved_level_by_level() -> None:
     attn, x = attention(), torch.randn(1, 200 * BINS, 16)
-    config = LiteFocusConfig(min_freq_bins=1, time_window=75)
+    config = LiteFocusConfig.paper(min_freq_bins=1, time_window=75)
     at_level_2 = LiteFocusAttnProcessor(None, layer="here", freq_bins=BINS, config=config, level=2)
     of_19 = LiteFocusAttnProcessor(
-        None, layer="here", freq_bins=BINS, config=LiteFocusConfig(min_freq_bins=1, time_window=19)
+        None, layer="here", freq_bins=BINS, config=LiteFocusConfig.paper(min_freq_bins=1, time_window=19)
     )
     assert torch.equal(at_level_2(attn, x), of_19(attn, x))
-    assert at_level_2.keys_kept(200) == (64 + 20 + 3 * 8) / 800
-    assert at_level_2.config is config
+    assert at_level_2.grid.keys_kept(200) == (64 + 20 + 3 * 8) / 800
+    assert at_level_2.grid.config is config
 
 
 @pytest.mark.parametrize(("frames", "dense"), [(32, True), (63, False)])  # 29 and 57 keys saved
@@ -138,7 +138,7 @@ def test_small_grids_stay_dense_as_a_focus_call_would_not_be_cheaper(frames, den
     at_2_bins = processor(recorder, freq_bins=2, sparse_ratio=0.1)
     at_2_bins(attn, x)
     assert bool(recorder.calls) is dense
-    assert (at_2_bins.keys_kept(frames) == 1) is dense
+    assert (at_2_bins.grid.keys_kept(frames) == 1) is dense
 
 
 @pytest.mark.parametrize("tokens", [3, 41])
@@ -150,12 +150,12 @@ def test_refuses_tokens_that_are_no_grid(tokens) -> None:
 def test_a_focus_set_is_built_once_for_a_length_and_few_are_kept() -> None:
     ours, attn = processor(), attention()
     ours(attn, torch.randn(1, 8 * BINS, 16))
-    (first,) = ours._focus_sets.values()
+    (first,) = ours.grid._drawn.values()
     ours(attn, torch.randn(3, 8 * BINS, 16))
-    assert list(ours._focus_sets.values()) == [first]
+    assert list(ours.grid._drawn.values()) == [first]
     for frames in range(9, 20):
         ours(attn, torch.randn(1, frames * BINS, 16))
-    assert [frames for frames, _ in ours._focus_sets] == [16, 17, 18, 19]
+    assert [frames for frames, _ in ours.grid._drawn] == [16, 17, 18, 19]
 
 
 def test_inference_mode_first_does_not_spoil_gradients_later() -> None:
@@ -185,7 +185,7 @@ def test_copies_and_pickles_without_its_index(duplicate) -> None:
     ours, attn, x = processor(AttnProcessor2_0()), attention(), torch.randn(1, FRAMES * BINS, 16)
     expected = ours(attn, x)
     other = duplicate(ours)
-    assert other._focus_sets == {}
+    assert other.grid._drawn == {}
     assert other.original is not ours.original
     assert torch.equal(other(attn, x), expected)
 

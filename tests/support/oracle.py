@@ -22,11 +22,27 @@ def allowed(focus: FocusSet) -> Tensor:
     return mask
 
 
-def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Dense attention over (batch, heads, tokens, head_dim), in float64, with scores outside of `mask` at -inf."""
+def bias(focus: FocusSet) -> Tensor:
+    """(tokens, tokens) in float64: the log weight of key j for query i, -inf where i may not see j."""
+    log_weights = torch.zeros(focus.keys_per_query) if focus.log_weights is None else focus.log_weights
+    added = torch.full((focus.tokens, focus.tokens), -torch.inf, dtype=torch.float64)
+    for token, place in enumerate(focus.inverse.tolist()):
+        added[token, focus.keys[place // focus.queries.shape[1]]] = log_weights.double()
+    return added
+
+
+def biased_attention(query: Tensor, key: Tensor, value: Tensor, added: Tensor) -> Tensor:
+    """Dense attention over (batch, heads, tokens, head_dim), in float64, with `added` on top of the scores."""
     query, key, value = query.double(), key.double(), value.double()
     scores = torch.einsum("bhid,bhjd->bhij", query, key) / query.shape[-1] ** 0.5
-    return torch.einsum("bhij,bhjd->bhid", scores.masked_fill(~mask, -torch.inf).softmax(dim=-1), value)
+    return torch.einsum("bhij,bhjd->bhid", (scores + added).softmax(dim=-1), value)
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """The same with scores outside of `mask` at -inf."""
+    return biased_attention(
+        query, key, value, torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf)
+    )
 
 
 def bin_and_frame(token: int, num_frames: int, freq_bins: int, freq_axis: str) -> tuple[int, int]:
@@ -50,19 +66,19 @@ class Grids:
 
                 module.register_forward_pre_hook(measure, with_kwargs=True)
 
-    def mask(self, layer: str, config: LiteFocusConfig, freq_bins: int, freq_axis: str = "width") -> Tensor | None:
-        """`allowed` on the grid of a layer; None where the config leaves it dense. `freq_bins`: at the input."""
+    def bias(self, layer: str, config: LiteFocusConfig, freq_bins: int, freq_axis: str = "width") -> Tensor | None:
+        """`bias` on the grid of a layer; None where the config leaves it dense. `freq_bins`: at the input."""
         grid = self.found[layer.split(".transformer_blocks")[0]]
         frames, bins = grid if freq_axis == "width" else grid[::-1]
         if bins < config.min_freq_bins:
             return None
         if config.time_window is not None:  # halved with the grid
             config = replace(config, time_window=math.ceil(config.time_window * bins / freq_bins))
-        return allowed(focus_set(frames, bins, config, layer=layer, freq_axis=freq_axis))
+        return bias(focus_set(frames, bins, config, layer=layer, freq_axis=freq_axis))
 
 
 class MaskedDense:
-    """The oracle's processor: dense attention, masked to the focus set of the layer's grid."""
+    """The oracle's processor: dense attention, masked to the focus set of the layer's grid, with its weights."""
 
     def __init__(self, name: str, grids: Grids, *arguments: Any) -> None:
         self.name, self.grids, self.arguments = name, grids, arguments
@@ -71,10 +87,9 @@ class MaskedDense:
         self, attn: Attention, x: Tensor, encoder_hidden_states=None, attention_mask=None, temb=None
     ) -> Tensor:
         if encoder_hidden_states is None and attention_mask is None:
-            mask = self.grids.mask(self.name, *self.arguments)
-            if mask is not None:
-                additive = torch.zeros(mask.shape, dtype=x.dtype).masked_fill(~mask, -torch.inf)
-                return AttnProcessor2_0()(attn, x, attention_mask=additive.expand(len(x), -1, -1))
+            added = self.grids.bias(self.name, *self.arguments)
+            if added is not None:
+                return AttnProcessor2_0()(attn, x, attention_mask=added.to(x.dtype).expand(len(x), -1, -1))
         return AttnProcessor2_0()(attn, x, encoder_hidden_states, attention_mask, temb)
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from litefocus.config import LiteFocusConfig, merged_config
-from litefocus.focus import FreqAxis, check_freq_axis
-from litefocus.processor import LiteFocusAttnProcessor, attention_inputs, cached_focus_set
-from litefocus.report import as_html, as_text
-from litefocus.unet import Layer, find_unet, get_processor, input_freq_bins, self_attention_layers
+from litefocus._call import Watch
+from litefocus._grid import Grid, halved
+from litefocus._projection import attention_inputs
+from litefocus._table import as_html, as_text
+from litefocus._target import Plan, plan
+from litefocus.config import LiteFocusConfig
+from litefocus.focus import FreqAxis
 
 QUERIES = 64  # of every call whose scores are looked at
 NATIVE_FRAMES = 256  # 10.24 s at 25 latent frames a second, what AudioLDM-style models were trained on
@@ -24,10 +25,10 @@ NATIVE_FRAMES = 256  # 10.24 s at 25 latent frames a second, what AudioLDM-style
 
 @dataclass(frozen=True)
 class Share:
-    """Mean share of attention mass on a set of keys, in [0, 1], and what evenly spread attention would have there."""
+    """Mean share of attention mass on a set of keys, in [0, 1], and what uniform attention would have there."""
 
     mass: float
-    even: float
+    uniform: float
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,15 @@ class LayerProbe:
     """One self-attention layer, averaged over the calls, batch elements, heads and queries that were looked at.
 
     name: its path in the UNet. freq_bins: of its grid. frames: of its grid at the last call. calls: how many.
-    own_bin: dense attention's mass on the query's own frequency bin. focus: inside its focus set. window: no more
-        than half a time window away. None where the layer was not called.
+    same_frequency: dense attention's mass on the query's own frequency bin. focus: inside its focus set. window: no
+        more than half a time window away. None where the layer was not called.
     """
 
     name: str
     freq_bins: int
     frames: int | None
     calls: int
-    own_bin: Share | None
+    same_frequency: Share | None
     focus: Share | None
     window: Share | None
 
@@ -54,19 +55,31 @@ def probe(
     *,
     freq_bins: int | None = None,
     freq_axis: FreqAxis = "width",
-    **overrides: Any,
+    **options: Any,
 ) -> Probe:
     """Measure what share of dense self-attention lies where LiteFocus would look, while the pipeline runs as it is.
 
-    pipe, config, freq_bins, freq_axis, overrides: as for `patch`. Every self-attention layer is measured, also those
-        below `min_freq_bins`. The time window is `config.time_window`, 256 frames (10.24 s) where that is None.
+    No output changes. At every call the scores of 64 queries are computed once more, never those of all: one batch
+    element at a time, (heads, 64, tokens) in float32. A mass near the uniform share says that the layer looks anywhere
+    alike. Every self-attention layer is measured, also those below `min_freq_bins`. The time window is
+    `config.time_window`, 256 frames (10.24 s) where that is None.
 
-    Returns a context manager; use the pipeline inside of its block, then print it, or read `layers`. No output
-    changes. At every call the scores of 64 queries are computed once more, never those of all: one batch element at a
-    time, (heads, 64, tokens) in float32. A mass near the even share says that the layer looks anywhere alike.
+    Args:
+        pipe: as for `patch`.
+        config: as for `patch`.
+        freq_bins: as for `patch`.
+        freq_axis: as for `patch`.
+        **options: as for `patch`.
 
-    Raises what `patch` raises for the same arguments, ValueError where `pipe` is patched, and RuntimeError at the end
-    of the block if it saw no self-attention call, as with a UNet that was compiled before.
+    Returns:
+        A context manager; use the pipeline inside of its block, then print it, or read `layers`.
+
+    Raises:
+        TypeError: what `patch` raises for the same arguments.
+        ValueError: what `patch` raises for the same arguments, and where `pipe` is patched.
+        RuntimeError: at the end of the block if it saw no self-attention call, as with a UNet that was compiled before,
+            and for a second block inside of the first.
+
     Source: the paper's observation that attention mass lies on the query's own frequency (arXiv 2407.10468).
 
     >>> import litefocus
@@ -75,18 +88,14 @@ def probe(
     >>> with litefocus.probe(pipe) as probe:
     ...     audio = pipe("a slow bell", audio_length_in_s=2.0, num_inference_steps=1).audios[0]
     >>> first = probe.layers[0]
-    >>> first.freq_bins, first.frames, first.own_bin.even, 0 < first.own_bin.mass < 1
+    >>> first.freq_bins, first.frames, first.same_frequency.uniform, 0 < first.same_frequency.mass < 1
     (8, 25, 0.125, True)
     """
-    config = merged_config("probe()", config, overrides)
-    check_freq_axis(freq_axis)
-    unet = find_unet(pipe)
-    layers = list(self_attention_layers(unet, input_freq_bins(pipe, freq_bins)))
-    if not layers:
-        raise ValueError(f"{type(unet).__name__} has no self-attention layer, so there is nothing to probe")
-    if any(isinstance(get_processor(layer.attn), LiteFocusAttnProcessor) for layer in layers):
+    planned = plan("probe", pipe, config, freq_bins, freq_axis, options)
+    unet = planned.target.unet
+    if "_litefocus_patches" in unet.__dict__:
         raise ValueError("the pipeline is patched, so its attention is not dense; litefocus.unpatch(pipe) first")
-    return Probe(type(unet).__name__, config, [_Measured(layer, config, freq_axis) for layer in layers])
+    return Probe(planned)
 
 
 class Probe:
@@ -98,15 +107,17 @@ class Probe:
     >>> from diffusers import AudioLDM2Pipeline
     >>> pipe = AudioLDM2Pipeline.from_pretrained("examples/embedded/pipeline")
     >>> probe = litefocus.probe(pipe)  # nothing measured yet
-    >>> probe.layers[0].freq_bins, probe.layers[0].calls, probe.layers[0].own_bin
+    >>> probe.layers[0].freq_bins, probe.layers[0].calls, probe.layers[0].same_frequency
     (8, 0, None)
     """
 
-    def __init__(self, unet: str, config: LiteFocusConfig, measured: list[_Measured]) -> None:
-        self.config = config
-        self._unet = unet
-        self._measured = measured
-        self._hooks: list[RemovableHandle] = []
+    def __init__(self, planned: Plan) -> None:
+        self.config = planned.config
+        self._planned = planned
+        self._measured = [
+            _Measured(layer.attn, grid) for layer, grid in zip(planned.layers, planned.grids, strict=True)
+        ]
+        self._hooks: list[RemovableHandle | Watch] = []
 
     @property
     def layers(self) -> tuple[LayerProbe, ...]:
@@ -114,10 +125,16 @@ class Probe:
         return tuple(layer.row() for layer in self._measured)
 
     def __enter__(self) -> Probe:
-        """Start measuring; a second block adds to the first."""
-        self._hooks = [
-            layer.attn.register_forward_pre_hook(layer.measure, with_kwargs=True) for layer in self._measured
-        ]
+        """Start measuring; a later block adds to the first."""
+        unet = self._planned.target.unet
+        if "_litefocus_probe" in unet.__dict__:
+            raise RuntimeError("a probe is measuring this UNet already; leave its block first")
+        if "_litefocus_patches" in unet.__dict__:
+            raise RuntimeError("the pipeline was patched after the probe was made; litefocus.unpatch(pipe) first")
+        unet.__dict__["_litefocus_probe"] = True
+        self._hooks = [Watch(unet, "probed", self._planned.freq_bins, self._planned.freq_axis)]
+        for layer in self._measured:
+            self._hooks.append(layer.attn.register_forward_pre_hook(layer.measure, with_kwargs=True))
         return self
 
     def __exit__(
@@ -126,6 +143,8 @@ class Probe:
         """Stop measuring. Raises RuntimeError if no self-attention call came, unless the block failed by itself."""
         for hook in self._hooks:
             hook.remove()
+        self._hooks = []
+        self._planned.target.unet.__dict__.pop("_litefocus_probe", None)
         if kind is None and not any(layer.calls for layer in self._measured):
             raise RuntimeError(
                 "the probe saw no self-attention call: run the pipeline inside of the with block, and compile its "
@@ -133,20 +152,20 @@ class Probe:
             )
 
     def _summary(self) -> list[str]:
+        unet = type(self._planned.target.unet).__name__
         return [
-            f"dense attention of {self._unet}: share of its mass, and what even attention would have there",
+            f"dense attention of {unet}: share of its mass, and what uniform attention would have there",
             f"focus sets of {self.config}",
         ]
 
     def _table(self) -> list[tuple[str, ...]]:
         window = self.config.time_window or NATIVE_FRAMES
-        table: list[tuple[str, ...]] = [
-            ("layer", "freq bins", "frames", "own bin", "even", "focus set", "even", f"window of {window}", "even")
-        ]
+        sets = ("same frequency", "focus set", f"window of {window}")
+        table = [("layer", "freq bins", "frames", *(cell for name in sets for cell in (name, "uniform")))]
         for row in self.layers:
             cells = [row.name, str(row.freq_bins), "-" if row.frames is None else str(row.frames)]
-            for share in (row.own_bin, row.focus, row.window):
-                cells += ["-", "-"] if share is None else [f"{share.mass:.1%}", f"{share.even:.1%}"]
+            for share in (row.same_frequency, row.focus, row.window):
+                cells += ["-", "-"] if share is None else [f"{share.mass:.1%}", f"{share.uniform:.1%}"]
             table.append(tuple(cells))
         return table
 
@@ -160,24 +179,20 @@ class Probe:
 class _Measured:
     """What one layer's attention has looked at so far."""
 
-    def __init__(self, layer: Layer, config: LiteFocusConfig, freq_axis: FreqAxis) -> None:
-        self.attn = layer.attn
-        # it knows the layer's grid and focus sets; it is never installed
-        self.grid = LiteFocusAttnProcessor(
-            None, layer=layer.name, freq_bins=layer.freq_bins, config=config, level=layer.level, freq_axis=freq_axis
-        )
-        self.window = math.ceil((config.time_window or NATIVE_FRAMES) / 2**layer.level)
+    def __init__(self, attn: nn.Module, grid: Grid) -> None:
+        self.attn, self.grid = attn, grid
+        self.window = halved(grid.config.time_window or NATIVE_FRAMES, grid.level)
         self.calls = 0
         self.frames: int | None = None
-        self.mass = torch.zeros(3, dtype=torch.float64)  # own bin, focus set, window; summed over calls
-        self.even = torch.zeros(3, dtype=torch.float64)
+        self.mass = torch.zeros(3, dtype=torch.float64)  # same frequency, focus set, window; summed over calls
+        self.uniform = torch.zeros(3, dtype=torch.float64)
 
     def row(self) -> LayerProbe:
         shares: list[Share | None] = [None] * 3
         if self.calls:
-            means = ((self.mass / self.calls).tolist(), (self.even / self.calls).tolist())
+            means = ((self.mass / self.calls).tolist(), (self.uniform / self.calls).tolist())
             shares = [Share(*pair) for pair in zip(*means, strict=True)]
-        return LayerProbe(self.grid.layer, self.grid.freq_bins, self.frames, self.calls, *shares)
+        return LayerProbe(self.grid.name, self.grid.freq_bins, self.frames, self.calls, *shares)
 
     @torch.no_grad()
     def measure(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -192,6 +207,8 @@ class _Measured:
         query, key, _ = attention_inputs(attn, states)
         tokens = query.shape[2]
         frames = self.grid.num_frames(tokens)
+        if frames is None:  # merged tokens: they lie on no grid
+            return
         chosen = self._choose(tokens).to(query.device)
         sets = self._sets(chosen, frames)  # (3, queries, tokens)
         mass = torch.zeros(3, dtype=torch.float64)
@@ -200,12 +217,12 @@ class _Measured:
             weights = scores.softmax(dim=-1).mean(dim=0)  # (queries, tokens), over heads
             mass += (weights * sets).sum(dim=-1).mean(dim=-1).double().cpu()
         self.mass += mass / len(query)
-        self.even += sets.double().mean(dim=(1, 2)).cpu()
+        self.uniform += sets.double().mean(dim=(1, 2)).cpu()
         self.frames, self.calls = frames, self.calls + 1
 
     def _choose(self, tokens: int) -> Tensor:
         """The tokens whose scores are looked at, others at every call; the global random state stays as it is."""
-        seed = zlib.crc32(f"probe/{self.grid.layer}/{self.calls}".encode())
+        seed = zlib.crc32(f"probe/{self.grid.name}/{self.calls}".encode())
         generator = torch.Generator("cpu").manual_seed(seed)
         return torch.randperm(tokens, generator=generator, device="cpu")[:QUERIES]
 
@@ -216,9 +233,9 @@ class _Measured:
             bins, times = token % self.grid.freq_bins, token // self.grid.freq_bins
         else:
             bins, times = token // frames, token % frames
-        own_bin = bins[chosen, None] == bins
+        same_frequency = bins[chosen, None] == bins
         window = (times[chosen, None] - times).abs() <= self.window / 2
-        focus = cached_focus_set(self.grid, frames, chosen.device)
+        focus = self.grid.focus_set(frames, chosen.device)
         group = focus.inverse[chosen] // focus.queries.shape[1]
-        in_focus = torch.zeros_like(own_bin).scatter(1, focus.keys[group], True)
-        return torch.stack([own_bin, in_focus, window])
+        in_focus = torch.zeros_like(same_frequency).scatter(1, focus.keys[group], True)
+        return torch.stack([same_frequency, in_focus, window])

@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litefocus.processor import project
+from litefocus._projection import project
 
 
 def is_unet(module: Any) -> bool:
@@ -83,7 +83,11 @@ class OriginalAttention:
 
 
 class ProcessorForward:
-    """A layer's `forward` that goes through a processor. It is set on the layer itself, over that of its class."""
+    """A layer's `forward` that goes through a processor. It is set on the layer itself, over that of its class.
+
+    It has to know its layer, since what is set on an instance is not bound to it. Copies of the layer, deep or pickled,
+    hold a copy of it; a replica for data parallelism shares it, and gets one of its own from `bind_replicas`.
+    """
 
     def __init__(self, attn: nn.Module, processor: Any) -> None:
         self.attn, self.processor = attn, processor
@@ -107,3 +111,11 @@ def set_processor(attn: nn.Module, processor: Any) -> None:
         attn.forward = processor.forward
     else:
         attn.__dict__.pop("forward", None)
+
+
+def bind_replicas(unet: nn.Module) -> None:
+    """Give the layers of a replica, which data parallelism makes by sharing attributes, a `forward` of their own."""
+    for layer in unet.modules():
+        forward = layer.__dict__.get("forward")
+        if isinstance(forward, ProcessorForward) and forward.attn is not layer:
+            layer.forward = ProcessorForward(layer, forward.processor)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litefocus.unet import Geometry, geometry_of
+from litefocus._latent import LatentGeometry, latent_geometry
+from litefocus._layers import unwrapped
 
 
 class PrepareLatents:
@@ -37,12 +38,17 @@ class PrepareLatents:
 def set_duration(tango: Any, seconds: float | None) -> None:
     """Make `tango.generate(prompt)` produce clips of `seconds` seconds, on this object only.
 
-    tango: a Tango, Tango 2 or Mustango object. Its own code has no argument for the length.
-    seconds: rounded up to whole latent frames, of which a second has 25. None restores the 10.24 seconds of the
-        original code, as `unpatch` does.
+    Independent of `patch`; but it is the long clips that get faster by it. Mustango's own code conditions on beats and
+    chords of at most 10 seconds: longer clips, like its own of 10.24 s, go without beats from there on.
 
-    Independent of `patch`; but it is the long clips that get faster by it.
-    Raises TypeError for any other object and for what is no number, ValueError for a length that is not above 0.
+    Args:
+        tango: a Tango, Tango 2 or Mustango object. Its own code has no argument for the length.
+        seconds: rounded up to whole latent frames, of which a second has 25. None restores the 10.24 seconds of the
+            original code, as `unpatch` does.
+
+    Raises:
+        TypeError: for any other object and for what is no number.
+        ValueError: for a length that is not above 0.
 
     >>> from types import SimpleNamespace
     >>> tango = SimpleNamespace(model=SimpleNamespace(prepare_latents=print))  # stands for a loaded one
@@ -50,7 +56,7 @@ def set_duration(tango: Any, seconds: float | None) -> None:
     >>> tango.model.prepare_latents.num_frames
     2000
     """
-    model: Any = getattr(tango, "model", None)
+    model: Any = unwrapped(getattr(tango, "model", None))
     if not callable(getattr(model, "prepare_latents", None)):
         raise TypeError(
             f"got an object of type {type(tango).__name__}; set_duration takes a Tango, Tango 2 or Mustango object "
@@ -59,12 +65,13 @@ def set_duration(tango: Any, seconds: float | None) -> None:
     if seconds is None:
         restore_duration(tango)
         return
-    geometry = geometry_of(tango) or Geometry(freq_bins=16, mel_frame=0.01, scale=4)  # of every published checkpoint
+    published = LatentGeometry(freq_bins=16, hop_seconds=0.01, vae_scale_factor=4)  # every checkpoint's
+    geometry = latent_geometry(tango) or published
     model.prepare_latents = PrepareLatents(geometry.num_frames(seconds), geometry.freq_bins)
 
 
 def restore_duration(tango: Any) -> None:
     """Undo `set_duration`. Harmless for every object."""
-    attributes = getattr(getattr(tango, "model", None), "__dict__", {})
+    attributes = getattr(unwrapped(getattr(tango, "model", None)), "__dict__", {})
     if isinstance(attributes.get("prepare_latents"), PrepareLatents):
         del attributes["prepare_latents"]

@@ -101,7 +101,7 @@ def _roberta_tokenizer() -> Any:
     return _load(tokenizer, RobertaTokenizerFast, tokenizer_class="RobertaTokenizer")
 
 
-def _t5_tokenizer() -> Any:
+def t5_tokenizer() -> Any:
     """A token for every letter."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in string.ascii_letters)]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
@@ -137,7 +137,7 @@ def _clap() -> ClapModel:
     return ClapModel(ClapConfig(text_config=text, audio_config=audio, projection_dim=JOINT)).eval()
 
 
-def _shared_parts() -> dict[str, Any]:
+def shared_parts() -> dict[str, Any]:
     return {
         "vae": AutoencoderKL(
             in_channels=1,
@@ -171,7 +171,7 @@ def _shared_parts() -> dict[str, Any]:
 def audioldm() -> AudioLDMPipeline:
     text = ClapTextConfig(**_clap().config.text_config.to_diff_dict())
     return AudioLDMPipeline(
-        text_encoder=ClapTextModelWithProjection(text).eval(), unet=audioldm_unet(), **_shared_parts()
+        text_encoder=ClapTextModelWithProjection(text).eval(), unet=audioldm_unet(), **shared_parts()
     )
 
 
@@ -183,12 +183,12 @@ def audioldm2(**unet: Any) -> AudioLDM2Pipeline:
     return AudioLDM2Pipeline(
         text_encoder=_clap(),
         text_encoder_2=T5EncoderModel(t5).eval(),
-        tokenizer_2=_t5_tokenizer(),
+        tokenizer_2=t5_tokenizer(),
         language_model=language_model,
         projection_model=AudioLDM2ProjectionModel(JOINT, JOINT, 18),
         feature_extractor=ClapFeatureExtractor(feature_size=8, hop_length=7900),
         unet=audioldm2_unet(**unet),
-        **_shared_parts(),
+        **shared_parts(),
     )
 
 
@@ -197,7 +197,7 @@ def musicldm() -> MusicLDMPipeline:
         text_encoder=_clap(),
         feature_extractor=ClapFeatureExtractor(feature_size=8, hop_length=7900),
         unet=audioldm_unet(),
-        **_shared_parts(),
+        **shared_parts(),
     )
 
 

@@ -1,0 +1,295 @@
+"""Install LiteFocus on the self-attention layers of a pipeline, and take it off again.
+
+What is installed is known in one place, the `Patches` of the UNet: the settings of every patch that has been made and
+neither removed nor left, the newest of which is in force. The layers get theirs from it.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from litefocus._call import Watch
+from litefocus._grid import Grid
+from litefocus._layers import get_processor, self_attention_layers, set_processor
+from litefocus._processor import Installed, LiteFocusAttnProcessor, holds_ours, installed_on, processor_over
+from litefocus._status import Status, status_of
+from litefocus._tango import restore_duration
+from litefocus._target import Plan, Target, plan, resolve, warn_of_known_problems
+from litefocus.config import LiteFocusConfig
+from litefocus.focus import FreqAxis
+
+_lock = threading.RLock()  # patches come and go one at a time, whichever threads they are made in
+
+
+def patch(
+    pipe: Any,
+    config: LiteFocusConfig | None = None,
+    *,
+    freq_bins: int | None = None,
+    freq_axis: FreqAxis = "width",
+    **options: Any,
+) -> Patch:
+    """Restrict the self-attention of a text-to-audio pipeline to focus sets, in place.
+
+    The newest patch that was neither removed nor left is in force. One made outside of any `with` block replaces those
+    before it; one made inside of a block ends with it. Patches never stack. Where
+    two pipelines, or two threads, share one UNet, they share its patches: patch once, and run in as many threads as you
+    like.
+
+    Args:
+        pipe: an AudioLDM, AudioLDM 2 or MusicLDM pipeline of diffusers, a Tango, Tango 2, Mustango or ConsistencyTTA
+            object, a `LatentDiffusion` of the authors' audioldm and audioldm2 packages, or a 2-D UNet of one of those
+            kinds, compiled or wrapped for distributed training or not.
+        config: settings; `options` are fields of `LiteFocusConfig` that replace its values.
+        freq_bins: frequency bins of the latent at the UNet's input. A pipeline tells it (mel bins of its vocoder / VAE
+            scale factor, 16 for all published checkpoints); a bare UNet does not, and needs it.
+        freq_axis: "width" (all AudioLDM-style models), or "height" where the latent is (frequency, time), as in
+            Riffusion and Auffusion.
+        **options: fields of `LiteFocusConfig`.
+
+    Returns:
+        The handle: `handle.remove()` takes the patch off, `with litefocus.patch(pipe): ...` does so on leaving, and its
+        repr is the table of what is patched.
+
+    Raises:
+        TypeError: for an object without a 2-D UNet and for unknown or mistyped options.
+        ValueError: for values out of range, for a missing or contradicting `freq_bins`, where no layer qualifies, and
+            while `probe` measures. A UNet whose input has another number of bins raises it when it is called.
+
+    After an error the pipeline is as it was. Warns where the pipeline is known to fail without litefocus too, and names
+    the mend. Source: arXiv 2407.10468, whose published patch covers the levels with 8 bins of AudioLDM 2.
+
+    >>> import litefocus
+    >>> from diffusers import AudioLDM2Pipeline
+    >>> pipe = AudioLDM2Pipeline.from_pretrained("examples/embedded/pipeline")
+    >>> with litefocus.patch(pipe):
+    ...     audio = pipe("a slow bell", audio_length_in_s=2.0, num_inference_steps=1).audios[0]
+    >>> audio.shape
+    (32000,)
+    """
+    planned = plan("patch", pipe, config, freq_bins, freq_axis, options)
+    _check_some_layer_qualifies(planned)
+    warn_of_known_problems(pipe)
+    unet = planned.target.unet
+    with _lock:
+        if unet.__dict__.get("_litefocus_probe") is not None:
+            raise ValueError("litefocus.probe is measuring this UNet's dense attention; leave its block, then patch")
+        entry = Entry(planned, patches_of(unet) or Patches())
+        entry.patches.add(unet, Slot(entry))
+    return Patch(planned.target, entry)
+
+
+def unpatch(pipe: Any) -> None:
+    """Put back every processor that LiteFocus replaced, the same objects. Harmless where nothing is patched.
+
+    Every patch is removed, also those of blocks that still run. Layers that something else has overwritten since are
+    left as they are; what has wrapped a processor keeps it, and it hands every call to the one before it. A length
+    that `set_duration` gave a Tango object is taken back too.
+
+    Args:
+        pipe: what `patch` accepts.
+
+    Raises:
+        TypeError: for what `patch` refuses.
+
+    >>> import litefocus
+    >>> from diffusers import AudioLDM2Pipeline
+    >>> pipe = AudioLDM2Pipeline.from_pretrained("examples/embedded/pipeline")
+    >>> handle = litefocus.patch(pipe)
+    >>> litefocus.unpatch(pipe)
+    >>> litefocus.status(pipe).config is None
+    True
+    """
+    target = resolve(pipe)
+    with _lock:
+        patches = patches_of(target.unet)
+        if patches is not None:
+            patches.unpatched = True
+            patches.keep(target.unet, [])
+        for module in target.unet.modules():  # brought back by something that had kept them, or installed by hand
+            processor = get_processor(module)
+            if isinstance(processor, LiteFocusAttnProcessor) and processor.original is not None:
+                set_processor(module, processor.original)
+    restore_duration(pipe)
+
+
+class Entry:
+    """One patch of one UNet: its settings, and a grid for every layer by name."""
+
+    def __init__(self, planned: Plan, patches: Patches) -> None:
+        self.config = planned.config
+        self.freq_bins, self.freq_axis = planned.freq_bins, planned.freq_axis
+        self.grids: dict[str, Grid] = {grid.name: grid for grid in planned.grids}
+        self.patches = patches
+        self.removed = False
+
+
+@dataclass
+class Slot:
+    """An entry that is in place; `entered` by a `with` block or not."""
+
+    entry: Entry
+    entered: bool = False
+
+
+class Patches:
+    """What is installed on one UNet, kept on it. `slots`: what is in place, the newest last, which is in force."""
+
+    def __init__(self) -> None:
+        self.slots: list[Slot] = []
+        self.unpatched = False
+        self.watch: Watch | None = None
+
+    def add(self, unet: nn.Module, slot: Slot) -> None:
+        """Put an entry in force: on every layer, or on none. It replaces those that no block has entered since."""
+        layers = list(self_attention_layers(unet))
+        changed: list[tuple[Any, Any]] = []
+        try:
+            for layer in layers:
+                processor = get_processor(layer.attn)
+                if not holds_ours(processor):
+                    set_processor(layer.attn, processor_over(processor))
+                    changed.append((layer.attn, processor))
+        except BaseException:
+            for attn, processor in changed:
+                set_processor(attn, processor)
+            raise
+        before = {id(attn): processor for attn, processor in changed}
+        for layer in layers:
+            if id(layer.attn) in before or installed_on(layer.attn) is None:
+                processor = before.get(id(layer.attn), get_processor(layer.attn))
+                layer.attn._litefocus = Installed(layer.name, processor)
+        unet.__dict__["_litefocus_patches"] = self
+        self.keep(unet, [*self._until_last_entered(), slot])
+
+    def keep(self, unet: nn.Module, slots: list[Slot]) -> None:
+        """Leave these in place, the last of them in force; without any, put everything back."""
+        self.slots = slots
+        entry = slots[-1].entry if slots else None
+        for attn in unet.modules():
+            installed = attn.__dict__.get("_litefocus")
+            if installed is None:
+                continue
+            installed.grid = None if entry is None else entry.grids.get(installed.name)
+            if entry is None:
+                del attn._litefocus
+                if isinstance(get_processor(attn), LiteFocusAttnProcessor):
+                    set_processor(attn, installed.before)
+        if self.watch is not None:
+            self.watch.remove()
+            self.watch = None
+        if entry is not None:
+            self.watch = Watch(unet, "patched", entry.freq_bins, entry.freq_axis)
+        else:
+            unet.__dict__.pop("_litefocus_patches", None)
+
+    def leave(self, unet: nn.Module, entry: Entry) -> None:
+        """End the newest block of `entry`, and what was patched inside of it without a block of its own."""
+        places = [i for i, slot in enumerate(self.slots) if slot.entry is entry and slot.entered]
+        if not places:  # removed inside of the block
+            return
+        first = last = places[-1]
+        while last + 1 < len(self.slots) and not self.slots[last + 1].entered:
+            last += 1
+        entry.removed = not places[:-1]
+        self.keep(unet, self.slots[:first] + self.slots[last + 1 :])
+
+    def _until_last_entered(self) -> list[Slot]:
+        entered = [i for i, slot in enumerate(self.slots) if slot.entered]
+        return self.slots[: entered[-1] + 1] if entered else []
+
+
+def patches_of(unet: nn.Module) -> Patches | None:
+    """What is installed on a UNet, None where nothing is."""
+    patches: Patches | None = unet.__dict__.get("_litefocus_patches")
+    return patches
+
+
+class Patch:
+    """The handle that `patch` returns, in the manner of `torch.utils.hooks.RemovableHandle`.
+
+    config: the settings that were installed. Its repr is `status` of the UNet, as it is now. It keeps no weights alive.
+
+    >>> import litefocus
+    >>> from diffusers import AudioLDM2Pipeline
+    >>> pipe = AudioLDM2Pipeline.from_pretrained("examples/embedded/pipeline")
+    >>> handle = litefocus.patch(pipe, sparse_ratio=0.05)
+    >>> handle.config.sparse_ratio
+    0.05
+    >>> handle.remove()
+    """
+
+    def __init__(self, target: Target, entry: Entry) -> None:
+        self.config = entry.config
+        self._entry = entry
+        self._unet = weakref.ref(target.unet)
+        self._owner, self._geometry = target.owner, target.geometry
+
+    def remove(self) -> None:
+        """Take this patch off, wherever it stands; an older one that is still in place is then in force again."""
+        unet = self._unet()
+        with _lock:
+            self._entry.removed = True
+            patches = self._entry.patches
+            if unet is not None and any(slot.entry is self._entry for slot in patches.slots):
+                patches.keep(unet, [slot for slot in patches.slots if slot.entry is not self._entry])
+
+    def __enter__(self) -> Patch:
+        """Put this patch's own settings in force. Raises RuntimeError if it was taken off already."""
+        unet, entry = self._unet(), self._entry
+        with _lock:
+            patches = entry.patches
+            if unet is None or entry.removed or patches.unpatched:
+                raise RuntimeError("this patch is no longer in place; patch again: with litefocus.patch(pipe): ...")
+            patches.slots = [slot for slot in patches.slots if slot.entry is not entry or slot.entered]
+            patches.add(unet, Slot(entry, entered=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Restore what was in force before. A newer patch that another block is still inside of stays in force."""
+        unet = self._unet()
+        with _lock:
+            if unet is not None:
+                self._entry.patches.leave(unet, self._entry)
+
+    def __reduce__(self) -> str:
+        raise TypeError(
+            "the handle of a patch belongs to the UNet of this process and cannot be pickled; pickle "
+            "litefocus.status(pipe), or the patched UNet itself"
+        )
+
+    def __repr__(self) -> str:
+        found = self._status()
+        return f"<{type(self).__name__}: its UNet is gone>" if found is None else repr(found)
+
+    def _repr_html_(self) -> str:
+        found = self._status()
+        return repr(self) if found is None else found._repr_html_()
+
+    def _status(self) -> Status | None:
+        unet = self._unet()
+        return None if unet is None else status_of(Target(self._owner, unet, self._geometry))
+
+
+def _check_some_layer_qualifies(planned: Plan) -> None:
+    searched = f"no self-attention layer of {type(planned.target.unet).__name__} qualifies: "
+    bins = sorted({grid.freq_bins for grid in planned.grids}, reverse=True)
+    least = planned.config.min_freq_bins
+    if bins[0] == 1:
+        raise ValueError(
+            f"{searched}all {len(planned.grids)} have a single frequency bin, which leaves no frequency axis to focus "
+            "on; check freq_bins"
+        )
+    if bins[0] < least:
+        raise ValueError(
+            f"{searched}searched {len(planned.grids)} layers with {', '.join(map(str, bins))} frequency bins, and "
+            f"min_freq_bins is {least}; set min_freq_bins to {bins[0]} or less"
+        )

@@ -1,0 +1,203 @@
+"""LiteFocus attention behind diffusers' attention-processor protocol."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from litefocus._grid import Grid, focus_set_for
+from litefocus._projection import attention_inputs
+from litefocus.attention import focus_attention
+from litefocus.config import LiteFocusConfig
+from litefocus.focus import FreqAxis
+
+
+class Installed:
+    """What is patched on one layer. It is kept on the layer itself, whichever processor objects others may put there.
+
+    name: of the layer. before: what was there, to be put back. original: the processor that other calls are handed to.
+    grid: the layer's grid under the patch in force.
+    """
+
+    def __init__(self, name: str, before: Any) -> None:
+        self.name, self.before = name, before
+        self.original = before.original if isinstance(before, LiteFocusAttnProcessor) else before
+        self.grid: Grid | None = None
+
+
+def installed_on(attn: Any) -> Installed | None:
+    """What the patch in force says of a layer; None where it is not patched."""
+    installed: Installed | None = getattr(attn, "_litefocus", None)
+    return installed
+
+
+class LiteFocusAttnProcessor:
+    """Runs a layer's self-attention over focus sets, and hands every other call to the processor it replaced.
+
+    Handed on unchanged are all calls that are not plain self-attention (cross-attention, a mask), all calls of grids
+    with fewer frequency bins than `config.min_freq_bins` or so small that focus sets would not be cheaper than dense
+    attention (fewer than 48 keys saved), and calls whose tokens are not the grid of the UNet's call (merged tokens).
+
+    `litefocus.patch` installs it on a whole UNet, and keeps the layer's grid on the layer: there, a processor without
+    a grid of its own is one like another, and one whose patch was taken off hands on every call, whoever holds it.
+
+    Args:
+        original: the processor that was on the layer; `AttnProcessor2_0` of diffusers by default.
+        layer: name of the layer in its UNet, for messages and for the layer's own samples.
+        freq_bins: frequency bins F of the grid at this layer; the number of frames is tokens / F at every call. None
+            for a processor that has no grid but the one that a patch gives its layer.
+        config: settings, `time_window` in frames of the UNet's input.
+        level: how often the grid was halved on the way from the UNet's input to this layer.
+        freq_axis: "width" or "height", see `focus_set`.
+
+    Calls take and return what diffusers' `AttnProcessor2_0` does: hidden_states (batch, tokens, channels), or
+    (batch, channels, height, width).
+
+    Raises:
+        ValueError: if the tokens of a call outside of a patched UNet's are no multiple of `freq_bins`.
+
+    Source of the protocol: `AttnProcessor2_0.__call__` in diffusers/models/attention_processor.py.
+
+    >>> import torch
+    >>> from diffusers.models.attention_processor import Attention
+    >>> attn = Attention(query_dim=16, heads=2, dim_head=8)
+    >>> attn.set_processor(LiteFocusAttnProcessor(attn.processor, layer="attn1", freq_bins=8))
+    >>> attn(torch.randn(1, 100 * 8, 16)).shape  # 100 frames x 8 bins
+    torch.Size([1, 800, 16])
+    """
+
+    def __init__(
+        self,
+        original: Any = None,
+        *,
+        layer: str = "",
+        freq_bins: int | None = None,
+        config: LiteFocusConfig = LiteFocusConfig(),  # noqa: B008  (immutable)
+        level: int = 0,
+        freq_axis: FreqAxis = "width",
+    ) -> None:
+        self.original = original
+        self.grid = None
+        if freq_bins is not None:
+            self.grid = Grid(layer, freq_bins, level=level, config=config, freq_axis=freq_axis)
+
+    def __repr__(self) -> str:
+        grid = "no grid of its own" if self.grid is None else repr(self.grid)
+        return f"{type(self).__name__}({grid}, original={type(self.original).__name__})"
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        # whose call is it?
+        installed = installed_on(attn)
+        grid = self.grid if installed is None else installed.grid
+        focus = None
+        if grid is not None and encoder_hidden_states is None and attention_mask is None:
+            # which grid? operator.index: a plain int under torch.compile's dynamic shapes too, as the index needs one
+            tokens = hidden_states.shape[1] if hidden_states.ndim == 3 else hidden_states.shape[2:].numel()
+            focus = focus_set_for(grid, operator.index(tokens), hidden_states.device, torch.compiler.is_compiling())
+        if focus is None:
+            original = self.original
+            if original is None:
+                original = default_processor() if installed is None else installed.original
+            return hand_on(original, attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
+
+        residual, input_shape = hidden_states, hidden_states.shape
+        query, key, value = attention_inputs(attn, hidden_states, temb)
+        hidden_states = focus_attention(query, key, value, focus)
+        hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
+        hidden_states = attn.to_out[0](hidden_states)
+        hidden_states = attn.to_out[1](hidden_states)
+        if len(input_shape) == 4:
+            hidden_states = hidden_states.transpose(1, 2).reshape(input_shape)
+        if getattr(attn, "residual_connection", False):
+            hidden_states = hidden_states + residual
+        rescale: float = getattr(attn, "rescale_output_factor", 1.0)
+        return hidden_states / rescale
+
+
+class _WithWeights(LiteFocusAttnProcessor, nn.Module):
+    """The same in place of a processor that is a module: its weights stay registered, under the same names."""
+
+    def __init__(self, original: nn.Module | None = None) -> None:
+        nn.Module.__init__(self)
+        # as a plain attribute: assigned, it would become a module below itself
+        self.__dict__.update(original=original, grid=None)
+        if original is not None:
+            self._parameters, self._buffers, self._modules = (
+                original._parameters,
+                original._buffers,
+                original._modules,
+            )
+
+    def train(self, mode: bool = True) -> _WithWeights:
+        """Set the mode of the original too."""
+        if self.original is not None:
+            self.original.train(mode)
+        return super().train(mode)
+
+
+def processor_over(original: Any) -> LiteFocusAttnProcessor:
+    """A processor to install in place of `original`, on a layer that a patch gives its grid."""
+    return _WithWeights(original) if isinstance(original, nn.Module) else LiteFocusAttnProcessor(original)
+
+
+def default_processor() -> Any:
+    """What diffusers puts on a layer by itself."""
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    return AttnProcessor2_0()  # type: ignore[no-untyped-call]
+
+
+def hand_on(
+    original: Any,
+    attn: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None,
+    attention_mask: Tensor | None,
+    temb: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """Call another processor: by keyword, and only what was given, since some take fewer arguments."""
+    output: Tensor
+    if args:  # further positional arguments keep their places
+        call = (hidden_states, encoder_hidden_states, attention_mask, temb, *args)
+        output = original(attn, *call, **kwargs)
+        return output
+    given = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask, "temb": temb, **kwargs}
+    output = original(attn, hidden_states, **{name: value for name, value in given.items() if value is not None})
+    return output
+
+
+def holds_ours(thing: Any, depth: int = 4) -> bool:
+    """Whether one of our processors is in `thing`, a wrapper of any kind: attributes, lists, closures, partials."""
+    if isinstance(thing, LiteFocusAttnProcessor):
+        return True
+    if depth == 0 or isinstance(thing, (Tensor, str, bytes, int, float, type, type(None))):
+        return False
+    inside: list[Any] = []
+    if isinstance(thing, dict):
+        inside += thing.values()
+    elif isinstance(thing, (list, tuple, set, frozenset)):
+        inside += thing
+    else:
+        inside += vars(thing).values() if hasattr(thing, "__dict__") else ()
+        inside += (getattr(thing, name) for name in getattr(type(thing), "__slots__", ()) if hasattr(thing, name))
+        inside += (getattr(thing, name, None) for name in ("__self__", "__wrapped__", "func", "args", "keywords"))
+        for cell in getattr(thing, "__closure__", None) or ():
+            try:
+                inside.append(cell.cell_contents)
+            except ValueError:  # an empty cell
+                continue
+    return any(holds_ours(part, depth - 1) for part in inside)

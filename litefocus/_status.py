@@ -1,0 +1,165 @@
+"""What each layer does right now, and what that saves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from litefocus._flops import StepFlops, step_flops
+from litefocus._grid import halved
+from litefocus._layers import Layer, get_processor
+from litefocus._processor import LiteFocusAttnProcessor, holds_ours, installed_on
+from litefocus._table import as_html, as_text
+from litefocus._target import Target, resolve
+from litefocus.config import LiteFocusConfig
+
+LONG_CLIP = 10**6  # frames, for what a layer does where no length is given: no rounding of the sample matters
+
+
+@dataclass(frozen=True)
+class LayerStatus:
+    """One self-attention layer.
+
+    name: its path in the UNet.
+    freq_bins: frequency bins of its grid; None if neither a pipeline nor a patch says.
+    state: "focus" or "dense", with a reason where there is one, or "overwritten by <class>".
+    frames, keys_kept: frames of its grid and the share of keys that a query attends to, in (0, 1], at the length that
+        `status` was asked for; None without one.
+    """
+
+    name: str
+    freq_bins: int | None
+    state: str
+    frames: int | None
+    keys_kept: float | None
+
+
+@dataclass(frozen=True, repr=False)
+class Status:
+    """What `litefocus.status` found. Prints as a table, in notebooks too.
+
+    unet: class name. config: settings of the patch in force, None where there is none.
+    layers: one row for every self-attention layer, in the UNet's order.
+    seconds, flops: the length asked for, and the step's estimated arithmetic at that length.
+
+    >>> row = LayerStatus("mid_block.attentions.0", freq_bins=2, state="dense", frames=None, keys_kept=None)
+    >>> Status("UNet2DConditionModel", None, (row,))
+    LiteFocus on UNet2DConditionModel: 0 of 1 self-attention layers focus
+    not installed
+    layer                   freq bins  state
+    mid_block.attentions.0  2          dense
+    """
+
+    unet: str
+    config: LiteFocusConfig | None
+    layers: tuple[LayerStatus, ...]
+    seconds: float | None = None
+    flops: StepFlops | None = None
+
+    def _summary(self) -> list[str]:
+        states = [layer.state for layer in self.layers]
+        overwritten = sum(state.startswith("overwritten") for state in states)
+        focus = sum(state.startswith("focus") for state in states)
+        lines = [f"LiteFocus on {self.unet}: {focus} of {len(states)} self-attention layers focus"]
+        if overwritten:
+            lines[0] += f", {overwritten} overwritten since they were patched"
+        lines.append(str(self.config) if self.config else "not installed")
+        if self.flops is not None:
+            lines.append(
+                f"at {self.seconds:g} s: {self.flops.dense / 1e9:,.1f} GFLOPs a step become "
+                f"{self.flops.patched / 1e9:,.1f} (estimated), at most {self.flops.ratio:.2f}x faster"
+            )
+        return lines
+
+    def _table(self) -> list[tuple[str, ...]]:
+        header: tuple[str, ...] = ("layer", "freq bins", "state")
+        rows: list[tuple[str, ...]] = [
+            (layer.name, "?" if layer.freq_bins is None else str(layer.freq_bins), layer.state) for layer in self.layers
+        ]
+        if self.seconds is not None:
+            header += ("frames", "keys kept")
+            rows = [
+                (*row, str(layer.frames), f"{layer.keys_kept:.1%}")
+                for row, layer in zip(rows, self.layers, strict=True)
+            ]
+        return [header, *rows]
+
+    def __repr__(self) -> str:
+        return as_text(self._summary(), self._table())
+
+    def _repr_html_(self) -> str:
+        return as_html(self._summary(), self._table())
+
+
+def status(pipe: Any, seconds: float | None = None) -> Status:
+    """What each self-attention layer does right now: focus, dense, or overwritten by something else.
+
+    Args:
+        pipe: what `patch` accepts, patched or not.
+        seconds: length of a clip. With it, the table adds the share of keys that each layer keeps at that length, and
+            how much less arithmetic one step of the UNet needs. It takes a pipeline: a bare UNet does not say how many
+            frames a second has.
+
+    Returns:
+        The table.
+
+    Raises:
+        TypeError: for what `patch` refuses, and for a length that is no number.
+        ValueError: for a length that is not positive or cannot be converted to frames.
+
+    >>> import litefocus
+    >>> from diffusers import AudioLDM2Pipeline
+    >>> pipe = AudioLDM2Pipeline.from_pretrained("examples/embedded/pipeline")
+    >>> handle = litefocus.patch(pipe)
+    >>> status = litefocus.status(pipe, seconds=80)
+    >>> status.layers[0].state, status.layers[0].frames, round(status.layers[0].keys_kept, 3)
+    ('focus', 1000, 0.179)
+    """
+    return status_of(resolve(pipe), seconds)
+
+
+def status_of(target: Target, seconds: float | None = None) -> Status:
+    """The same of what is resolved already."""
+    geometry, num_frames = target.geometry, None
+    if seconds is not None:
+        if geometry is None or geometry.hop_seconds is None:
+            raise ValueError(
+                f"{target.owner} does not say how many latent frames a second has; "
+                "pass the whole pipeline to status(pipe, seconds=...)"
+            )
+        num_frames = geometry.num_frames(seconds)
+    layers = target.layers
+    rows = tuple(_row(layer, target, num_frames) for layer in layers)
+    flops = None
+    if num_frames and geometry:
+        kept = {layer.attn: row.keys_kept or 1.0 for layer, row in zip(layers, rows, strict=True)}
+        flops = step_flops(target.unet, kept, num_frames, geometry.freq_bins)
+    installed = (installed_on(layer.attn) for layer in layers)
+    config = next((one.grid.config for one in installed if one is not None and one.grid is not None), None)
+    return Status(type(target.unet).__name__, config, rows, seconds, flops)
+
+
+def _row(layer: Layer, target: Target, num_frames: int | None) -> LayerStatus:
+    processor, installed = get_processor(layer.attn), installed_on(layer.attn)
+    geometry = target.geometry
+    freq_bins = halved(geometry.freq_bins, layer.level) if geometry else None
+    frames = halved(num_frames, layer.level) if num_frames else None
+    grid = getattr(processor, "grid", None) if isinstance(processor, LiteFocusAttnProcessor) else None
+    state, kept = "dense", 1.0
+    if installed is not None and installed.grid is not None:
+        grid = installed.grid
+    elif grid is None and isinstance(processor, LiteFocusAttnProcessor):
+        state = "dense: its patch was removed"
+    if grid is not None:
+        freq_bins = grid.freq_bins
+        wrapped = not isinstance(processor, LiteFocusAttnProcessor)
+        if wrapped and not holds_ours(processor):
+            state = f"overwritten by {type(processor).__name__}"
+        else:
+            kept = grid.keys_kept(frames or LONG_CLIP)
+            state = "dense" if kept == 1 else "focus"
+            if grid.mismatch is not None and kept < 1:
+                state, kept = f"dense: {grid.mismatch}", 1.0
+            if wrapped:
+                state += f", wrapped by {type(processor).__name__}"
+    return LayerStatus(layer.name, freq_bins, state, frames, kept if frames else None)

@@ -1,0 +1,24 @@
+"""What PyTorch's compiler reads of functions and tensors that are constants to it. Private names, in this file alone.
+
+The public functions for the same load the whole compiler, which takes 2 s; `import litefocus` must not pay that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def assume_constant_result(function: Function) -> Function:
+    """As `torch.compiler.assume_constant_result`: the compiler calls `function` once and keeps what it returned."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def mark_static(tensor: Tensor) -> None:
+    """As `torch._dynamo.mark_static(tensor)`: no dimension of `tensor` gets a symbolic size, nor guards for one."""
+    tensor._dynamo_static_indices = set(range(tensor.ndim))  # type: ignore[attr-defined]

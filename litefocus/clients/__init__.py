@@ -1,1 +1,0 @@
-"""What is particular to models whose UNet or pipeline is not shaped as diffusers shapes it."""
