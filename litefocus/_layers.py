@@ -11,7 +11,7 @@ from torch import nn
 from litefocus import _compvis
 
 # Where wrappers keep the module that they wrap: torch.compile, activation checkpointing, FSDP, DDP and DataParallel.
-WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
+WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"}
 
 
 @dataclass(frozen=True)
@@ -25,21 +25,20 @@ class Layer:
 
 def unwrapped(module: Any) -> Any:
     """The module inside of compilers', checkpointing's and distributed training's wrappers."""
-    while isinstance(module, nn.Module):
-        inner = next((module._modules[name] for name in WRAPPED if module._modules.get(name) is not None), None)
-        if inner is None:
-            break
-        module = inner
+    while isinstance(module, nn.Module) and not WRAPPED.isdisjoint(module._modules):
+        module = next(inner for name, inner in module._modules.items() if name in WRAPPED)
     return module
 
 
 def named_modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """As `nn.Module.named_modules`, with names that do not change when something wraps a module on the way."""
-    module = unwrapped(module)
-    yield prefix, module
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from named_modules(child, f"{prefix}.{name}")
+    stack = [(prefix, module)]
+    while stack:
+        prefix, module = stack.pop()
+        module = unwrapped(module)
+        yield prefix, module
+        children = [(f"{prefix}.{name}", child) for name, child in module._modules.items() if child is not None]
+        stack += reversed(children)
 
 
 def blocks(unet: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:

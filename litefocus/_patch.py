@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -127,15 +127,16 @@ class Entry:
         self.freq_bins, self.freq_axis = planned.freq_bins, planned.freq_axis
         self.grids: dict[str, Grid] = {grid.name: grid for grid in planned.grids}
         self.patches = patches
-        self.removed = False
+        self.entered = self.removed = False
 
 
 @dataclass
 class Slot:
-    """An entry that is in place; `entered` by a `with` block or not."""
+    """An entry that is in place, by a `with` block or not. `replaced`: what comes back if a block enters it later."""
 
     entry: Entry
-    entered: bool = False
+    in_block: bool = False
+    replaced: list[Slot] = field(default_factory=list)
 
 
 class Patches:
@@ -147,7 +148,7 @@ class Patches:
         self.watch: Watch | None = None
 
     def add(self, unet: nn.Module, slot: Slot) -> None:
-        """Put an entry in force: on every layer, or on none. It replaces those that no block has entered since."""
+        """Put an entry in force, on every layer or on none. Outside of a block it replaces what no block is in."""
         layers = list(self_attention_layers(unet))
         changed: list[tuple[Any, Any]] = []
         try:
@@ -166,7 +167,22 @@ class Patches:
                 processor = before.get(id(layer.attn), get_processor(layer.attn))
                 layer.attn._litefocus = Installed(layer.name, processor)
         unet.__dict__["_litefocus_patches"] = self
-        self.keep(unet, [*self._until_last_entered(), slot])
+        inside = [i for i, other in enumerate(self.slots) if other.in_block]
+        kept = self.slots if slot.in_block else self.slots[: max(inside, default=-1) + 1]
+        slot.replaced = self.slots[len(kept) :]
+        self.keep(unet, [*kept, slot])
+
+    def enter(self, unet: nn.Module, entry: Entry) -> None:
+        """Begin a block of `entry`: what it had replaced is below it again, and comes back when the block ends."""
+        below: list[Slot] = []
+        for slot in self.slots:
+            if slot.entry is entry and not slot.in_block:
+                below += [old for old in slot.replaced if not (old.entry.entered or old.entry.removed)]
+            else:
+                below.append(slot)
+        self.slots = below
+        entry.entered = True
+        self.add(unet, Slot(entry, in_block=True))
 
     def keep(self, unet: nn.Module, slots: list[Slot]) -> None:
         """Leave these in place, the last of them in force; without any, put everything back."""
@@ -191,18 +207,14 @@ class Patches:
 
     def leave(self, unet: nn.Module, entry: Entry) -> None:
         """End the newest block of `entry`, and what was patched inside of it without a block of its own."""
-        places = [i for i, slot in enumerate(self.slots) if slot.entry is entry and slot.entered]
+        places = [i for i, slot in enumerate(self.slots) if slot.entry is entry and slot.in_block]
         if not places:  # removed inside of the block
             return
         first = last = places[-1]
-        while last + 1 < len(self.slots) and not self.slots[last + 1].entered:
+        while last + 1 < len(self.slots) and not self.slots[last + 1].in_block:
             last += 1
         entry.removed = not places[:-1]
         self.keep(unet, self.slots[:first] + self.slots[last + 1 :])
-
-    def _until_last_entered(self) -> list[Slot]:
-        entered = [i for i, slot in enumerate(self.slots) if slot.entered]
-        return self.slots[: entered[-1] + 1] if entered else []
 
 
 def patches_of(unet: nn.Module) -> Patches | None:
@@ -247,8 +259,7 @@ class Patch:
             patches = entry.patches
             if unet is None or entry.removed or patches.unpatched:
                 raise RuntimeError("this patch is no longer in place; patch again: with litefocus.patch(pipe): ...")
-            patches.slots = [slot for slot in patches.slots if slot.entry is not entry or slot.entered]
-            patches.add(unet, Slot(entry, entered=True))
+            patches.enter(unet, entry)
         return self
 
     def __exit__(

@@ -1,7 +1,8 @@
-"""See where a model's dense self-attention looks, before trusting a patch to leave the rest out."""
+"""See how far a patch would be from a model's dense self-attention, and where that looks, before trusting it."""
 
 from __future__ import annotations
 
+import weakref
 import zlib
 from dataclasses import dataclass
 from types import TracebackType
@@ -21,6 +22,23 @@ from litefocus.focus import FreqAxis
 
 QUERIES = 64  # of every call whose scores are looked at
 NATIVE_FRAMES = 256  # 10.24 s at 25 latent frames a second, what AudioLDM-style models were trained on
+# Settings within this mean error sounded like dense attention in our evaluation, whose table is examples/EVALUATION.md.
+CLOSE = 0.2
+
+
+def settings_beside(config: LiteFocusConfig) -> dict[str, LiteFocusConfig]:
+    """What is compared: the settings asked about and a few others, each once; those asked about first."""
+    default = LiteFocusConfig()
+    named = {
+        "asked": config,
+        "default": default,
+        "paper": LiteFocusConfig.paper(),
+        "shared sample": LiteFocusConfig(same_frequency=False, time_window=None),
+        "window alone": LiteFocusConfig(time_window=NATIVE_FRAMES, far_sampled=0),
+    }
+    if config == default:
+        del named["asked"]
+    return named
 
 
 @dataclass(frozen=True)
@@ -38,6 +56,9 @@ class LayerProbe:
     name: its path in the UNet. freq_bins: of its grid. frames: of its grid at the last call. calls: how many.
     same_frequency: dense attention's mass on the query's own frequency bin. focus: inside its focus set. window: no
         more than half a time window away. None where the layer was not called.
+    errors: by settings, the distance of the attention output from dense attention's, relative to it (Frobenius norms
+        over everything that was looked at); 0 where the settings leave the layer dense.
+    keys_kept: by settings, the share of keys at the last call.
     """
 
     name: str
@@ -47,6 +68,8 @@ class LayerProbe:
     same_frequency: Share | None
     focus: Share | None
     window: Share | None
+    errors: dict[str, float]
+    keys_kept: dict[str, float]
 
 
 def probe(
@@ -57,7 +80,12 @@ def probe(
     freq_axis: FreqAxis = "width",
     **options: Any,
 ) -> Probe:
-    """Measure what share of dense self-attention lies where LiteFocus would look, while the pipeline runs as it is.
+    """Measure how far LiteFocus would be from dense self-attention, while the pipeline runs as it is.
+
+    For every layer: the relative error of the attention output with the settings asked about and with a few others
+    (the default, the paper's, one shared sample for all queries, a time window of 256 frames alone), and which share of
+    dense attention's mass lies on the query's own frequency bin, in its focus set and in a time window. Its table sums
+    them up by level, with one line of advice.
 
     No output changes. At every call the scores of 64 queries are computed once more, never those of all: one batch
     element at a time, (heads, 64, tokens) in float32. A mass near the uniform share says that the layer looks anywhere
@@ -113,7 +141,9 @@ class Probe:
 
     def __init__(self, planned: Plan) -> None:
         self.config = planned.config
-        self._planned = planned
+        self._owner = type(planned.target.unet).__name__
+        self._unet = weakref.ref(planned.target.unet)
+        self._input = planned.freq_bins, planned.freq_axis
         self._measured = [
             _Measured(layer.attn, grid) for layer, grid in zip(planned.layers, planned.grids, strict=True)
         ]
@@ -126,15 +156,19 @@ class Probe:
 
     def __enter__(self) -> Probe:
         """Start measuring; a later block adds to the first."""
-        unet = self._planned.target.unet
+        unet = self._unet()
+        if unet is None:
+            raise RuntimeError("the UNet of this probe is gone; make another: with litefocus.probe(pipe): ...")
         if "_litefocus_probe" in unet.__dict__:
             raise RuntimeError("a probe is measuring this UNet already; leave its block first")
         if "_litefocus_patches" in unet.__dict__:
             raise RuntimeError("the pipeline was patched after the probe was made; litefocus.unpatch(pipe) first")
         unet.__dict__["_litefocus_probe"] = True
-        self._hooks = [Watch(unet, "probed", self._planned.freq_bins, self._planned.freq_axis)]
+        self._hooks = [Watch(unet, "probed", *self._input)]
         for layer in self._measured:
-            self._hooks.append(layer.attn.register_forward_pre_hook(layer.measure, with_kwargs=True))
+            attn = layer.attn()
+            if attn is not None:
+                self._hooks.append(attn.register_forward_pre_hook(layer.measure, with_kwargs=True))
         return self
 
     def __exit__(
@@ -144,28 +178,70 @@ class Probe:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        self._planned.target.unet.__dict__.pop("_litefocus_probe", None)
+        unet = self._unet()
+        if unet is not None:
+            unet.__dict__.pop("_litefocus_probe", None)
         if kind is None and not any(layer.calls for layer in self._measured):
             raise RuntimeError(
                 "the probe saw no self-attention call: run the pipeline inside of the with block, and compile its "
                 "UNet afterwards, since a compiled one does not show its calls"
             )
 
+    @property
+    def advice(self) -> str:
+        """One line: which settings are near enough to dense attention, and where they are not."""
+        rows = [row for row in self.layers if row.calls]
+        if not rows:
+            return "nothing measured yet"
+        mean = {name: sum(row.errors[name] for row in rows) / len(rows) for name in rows[0].errors}
+        keys = {name: sum(row.keys_kept[name] for row in rows) for name in mean}
+        asked = next(iter(mean))
+        best = asked if mean[asked] <= CLOSE else min(mean, key=lambda name: mean[name])
+        worst = max(rows, key=lambda row: row.errors[best])
+        found = f"{best}: {mean[best]:.0%} from dense on average, at most {worst.errors[best]:.0%} ({worst.name})"
+        if mean[best] <= CLOSE:
+            cheaper = [name for name in mean if keys[name] < 0.8 * keys[best] and mean[name] <= CLOSE]
+            cheapest = min(cheaper, key=lambda name: keys[name], default=None)
+            more = f"; {cheapest} would do too ({mean[cheapest]:.0%}), with fewer keys" if cheapest else ""
+            return f"{found}: use it{more}"
+        # the error of a sample shrinks with the root of its size
+        ratio = min(1.0, self.config.sparse_ratio * (mean[asked] / CLOSE) ** 2)
+        far_off = [row.name for row in rows if row.errors[asked] > CLOSE]
+        return (
+            f"{found}: {len(far_off)} of {len(rows)} layers attend to few single tokens, such as {far_off[0]}; raise "
+            f"sparse_ratio to {ratio:.2g}"
+        )
+
     def _summary(self) -> list[str]:
-        unet = type(self._planned.target.unet).__name__
         return [
-            f"dense attention of {unet}: share of its mass, and what uniform attention would have there",
+            f"attention of {self._owner} beside its dense attention: error of the output, and where its mass lies",
             f"focus sets of {self.config}",
+            self.advice,
         ]
 
     def _table(self) -> list[tuple[str, ...]]:
         window = self.config.time_window or NATIVE_FRAMES
-        sets = ("same frequency", "focus set", f"window of {window}")
-        table = [("layer", "freq bins", "frames", *(cell for name in sets for cell in (name, "uniform")))]
+        names = list(settings_beside(self.config))
+        masses = ("same frequency", "focus set", f"window of {window}")
+        table = [
+            (
+                *("freq bins", "layers", "frames"),
+                *(f"error, {name}" for name in names),
+                *(cell for name in masses for cell in (f"mass, {name}", "uniform")),
+            )
+        ]
+        levels: dict[int, list[LayerProbe]] = {}
         for row in self.layers:
-            cells = [row.name, str(row.freq_bins), "-" if row.frames is None else str(row.frames)]
-            for share in (row.same_frequency, row.focus, row.window):
-                cells += ["-", "-"] if share is None else [f"{share.mass:.1%}", f"{share.uniform:.1%}"]
+            levels.setdefault(row.freq_bins, []).append(row)
+        for freq_bins, rows in levels.items():
+            seen = [row for row in rows if row.calls]
+            cells = [str(freq_bins), str(len(rows)), str(seen[-1].frames) if seen else "-"]
+            for name in names:
+                cells.append(f"{sum(row.errors[name] for row in seen) / len(seen):.1%}" if seen else "-")
+            for mass in ("same_frequency", "focus", "window"):
+                shares = [getattr(row, mass) for row in seen]
+                for kind in ("mass", "uniform"):
+                    cells.append(f"{sum(getattr(x, kind) for x in shares) / len(shares):.1%}" if seen else "-")
             table.append(tuple(cells))
         return table
 
@@ -180,7 +256,13 @@ class _Measured:
     """What one layer's attention has looked at so far."""
 
     def __init__(self, attn: nn.Module, grid: Grid) -> None:
-        self.attn, self.grid = attn, grid
+        self.attn, self.grid = weakref.ref(attn), grid
+        self.grids = {
+            name: Grid(grid.name, grid.freq_bins, level=grid.level, config=config, freq_axis=grid.freq_axis)
+            for name, config in settings_beside(grid.config).items()
+        }
+        self.off = dict.fromkeys(self.grids, 0.0)  # squared distances from dense attention's output, summed
+        self.norm = 0.0  # its square
         self.window = halved(grid.config.time_window or NATIVE_FRAMES, grid.level)
         self.calls = 0
         self.frames: int | None = None
@@ -188,11 +270,23 @@ class _Measured:
         self.uniform = torch.zeros(3, dtype=torch.float64)
 
     def row(self) -> LayerProbe:
-        shares: list[Share | None] = [None] * 3
+        same_frequency = focus = window = None
         if self.calls:
             means = ((self.mass / self.calls).tolist(), (self.uniform / self.calls).tolist())
-            shares = [Share(*pair) for pair in zip(*means, strict=True)]
-        return LayerProbe(self.grid.name, self.grid.freq_bins, self.frames, self.calls, *shares)
+            same_frequency, focus, window = (Share(*pair) for pair in zip(*means, strict=True))
+        errors = {name: (off / max(self.norm, 1e-30)) ** 0.5 for name, off in self.off.items()}
+        kept = {name: grid.keys_kept(self.frames) if self.frames else 1.0 for name, grid in self.grids.items()}
+        return LayerProbe(
+            self.grid.name,
+            self.grid.freq_bins,
+            self.frames,
+            self.calls,
+            same_frequency,
+            focus,
+            window,
+            errors,
+            kept,
+        )
 
     @torch.no_grad()
     def measure(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -204,7 +298,7 @@ class _Measured:
             others = [value for name, value in kwargs.items() if name != "hidden_states"]
         if any(isinstance(value, Tensor) for value in others):
             return
-        query, key, _ = attention_inputs(attn, states)
+        query, key, value = attention_inputs(attn, states)
         tokens = query.shape[2]
         frames = self.grid.num_frames(tokens)
         if frames is None:  # merged tokens: they lie on no grid
@@ -212,13 +306,30 @@ class _Measured:
         chosen = self._choose(tokens).to(query.device)
         sets = self._sets(chosen, frames)  # (3, queries, tokens)
         mass = torch.zeros(3, dtype=torch.float64)
-        for one_query, one_key in zip(query, key, strict=True):  # one batch element at a time
+        biases = {name: self._bias(grid, chosen, frames) for name, grid in self.grids.items()}
+        for one_query, one_key, one_value in zip(query, key, value, strict=True):  # one batch element at a time
             scores = one_query[:, chosen].float() @ one_key.float().transpose(1, 2) * query.shape[-1] ** -0.5
-            weights = scores.softmax(dim=-1).mean(dim=0)  # (queries, tokens), over heads
-            mass += (weights * sets).sum(dim=-1).mean(dim=-1).double().cpu()
+            weights = scores.softmax(dim=-1)  # (heads, queries, tokens)
+            mass += (weights.mean(dim=0) * sets).sum(dim=-1).mean(dim=-1).double().cpu()
+            dense = weights @ one_value.float()
+            self.norm += float(dense.double().square().sum())
+            for name, bias in biases.items():
+                if bias is not None:
+                    focused = (scores + bias).softmax(dim=-1) @ one_value.float()
+                    self.off[name] += float((focused - dense).double().square().sum())
         self.mass += mass / len(query)
         self.uniform += sets.double().mean(dim=(1, 2)).cpu()
         self.frames, self.calls = frames, self.calls + 1
+
+    def _bias(self, grid: Grid, chosen: Tensor, frames: int) -> Tensor | None:
+        """(queries, tokens): log weights in the focus set, -inf outside; None where the settings leave it dense."""
+        if grid.keys_kept(frames) == 1:
+            return None
+        focus = grid.focus_set(frames, chosen.device)
+        keys = focus.keys[focus.inverse[chosen] // focus.queries.shape[1]]
+        weights = torch.zeros(keys.shape[1], device=chosen.device) if focus.log_weights is None else focus.log_weights
+        bias = torch.full((len(chosen), focus.tokens), -torch.inf, device=chosen.device)
+        return bias.scatter(1, keys, weights.expand(keys.shape))
 
     def _choose(self, tokens: int) -> Tensor:
         """The tokens whose scores are looked at, others at every call; the global random state stays as it is."""

@@ -68,6 +68,7 @@ def test_windows_with_far_samples_equal_biased_dense_attention(axis, same, cross
 def test_weights_bring_the_output_nearer_to_dense_attention() -> None:
     """Where attention is uniform the published sets give the own bin more than half of the mass; weights mend it."""
     q, k, v = qkv(1, 2, 400 * 8, 16)
+    v = v + 2 * qkv(1, 2, 8, 16)[0].repeat(1, 1, 400, 1)  # every bin has values of its own
     dense = F.scaled_dot_product_attention(q * 0.1, k, v)
 
     def error(config: LiteFocusConfig) -> float:
@@ -76,7 +77,7 @@ def test_weights_bring_the_output_nearer_to_dense_attention() -> None:
 
     assert error(LiteFocusConfig(sparse_ratio=1, time_window=None)) < 1e-12
     weighted, paper = error(LiteFocusConfig(time_window=None)), error(LiteFocusConfig.paper())
-    assert weighted < 0.8 * paper
+    assert weighted < 0.5 * paper
 
 
 @pytest.mark.parametrize("axis", ["width", "height"])

@@ -24,7 +24,13 @@ import litefocus
 import litefocus.__main__ as report
 from litefocus import LiteFocusAttnProcessor, LiteFocusConfig
 
-ALL = LiteFocusConfig(min_freq_bins=2)
+PAPER = LiteFocusConfig.paper()
+
+
+@pytest.fixture
+def one_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle does not know timesteps: one sample for all of them."""
+    monkeypatch.setattr("litefocus._grid.DRAWS", 1)
 
 
 @pytest.fixture(params=BUILDERS)
@@ -45,7 +51,12 @@ def same(before: dict[str, Any], after: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("seconds", [1.0, 1.32, 2.6])  # 25, 33 and 65 latent frames: odd at several levels
-@pytest.mark.parametrize("config", [LiteFocusConfig(), ALL, LiteFocusConfig(sparse_ratio=0.3, seed=5)], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [LiteFocusConfig(min_sampled=4), PAPER, LiteFocusConfig.paper(sparse_ratio=0.3, seed=5, min_freq_bins=2)],
+    ids=["weighted", "paper", "paper, every level"],
+)
+@pytest.mark.usefixtures("one_draw")
 def test_audio_is_that_of_masked_dense_attention(pipe, seconds, config, monkeypatch) -> None:
     monkeypatch.setattr("litefocus._grid.MIN_KEYS_SAVED", 1)  # the deepest grids focus too, small as they are
     dense = generate(pipe, seconds)
@@ -57,28 +68,31 @@ def test_audio_is_that_of_masked_dense_attention(pipe, seconds, config, monkeypa
     assert np.abs(expected - dense).max() > 5e-3  # so that doing nothing would not pass
 
 
-def test_time_windows_are_those_of_masked_dense_attention() -> None:
+@pytest.mark.usefixtures("one_draw")
+@pytest.mark.parametrize(("far", "more"), [(0, 0), (3, 8 * 3)])
+def test_time_windows_are_those_of_masked_dense_attention(far, more) -> None:
     pipe = build("AudioLDM 2")
-    oracle, config = copy.deepcopy(pipe), LiteFocusConfig(time_window=21)
+    config = LiteFocusConfig.paper(time_window=21, far_sampled=far, reweight=far > 0)
+    oracle = copy.deepcopy(pipe)
     install_oracle(oracle.unet, config)
     expected = generate(oracle, 7.0, steps=1)
     litefocus.patch(pipe, config)
-    assert litefocus.status(pipe, seconds=7).layers[0].keys_kept == pytest.approx((64 + 12 + 7 * 8) / (88 * 8))
+    assert litefocus.status(pipe, seconds=7).layers[0].keys_kept == pytest.approx((64 + 12 + 7 * 8 + more) / (88 * 8))
     np.testing.assert_allclose(generate(pipe, 7.0, steps=1), expected, atol=1e-5, rtol=1e-4)
-    litefocus.patch(pipe)
+    litefocus.patch(pipe, PAPER)
     assert np.abs(generate(pipe, 7.0, steps=1) - expected).max() > 1e-3
 
 
 def test_ratio_one_is_dense(pipe) -> None:
     dense = generate(pipe)
-    litefocus.patch(pipe, sparse_ratio=1.0, min_freq_bins=2)
+    litefocus.patch(pipe, sparse_ratio=1.0, time_window=None)
     assert {layer.state for layer in litefocus.status(pipe).layers} == {"dense"}
     assert np.array_equal(generate(pipe), dense)
 
 
 def test_unpatch_restores_the_objects_and_the_audio(pipe) -> None:
     before, dense, modules = processors(pipe.unet), generate(pipe), [set(vars(m)) for m in pipe.unet.modules()]
-    litefocus.patch(pipe)
+    litefocus.patch(pipe, PAPER)
     assert not np.array_equal(generate(pipe), dense)
     litefocus.unpatch(pipe)
     assert same(before, processors(pipe.unet))
@@ -87,7 +101,7 @@ def test_unpatch_restores_the_objects_and_the_audio(pipe) -> None:
 
 
 def test_patched_audio_repeats(pipe) -> None:
-    litefocus.patch(pipe)
+    litefocus.patch(pipe, PAPER)
     first = generate(pipe)
     torch.manual_seed(99)
     assert np.array_equal(generate(pipe), first)
@@ -101,17 +115,17 @@ def test_unpatch_is_harmless_when_nothing_is_patched(pipe) -> None:
 
 def test_context_manager_restores_after_an_exception(pipe) -> None:
     before = processors(pipe.unet)
-    with pytest.raises(ValueError, match="`prompt` has to be"), litefocus.patch(pipe):
+    with pytest.raises(ValueError, match="`prompt` has to be"), litefocus.patch(pipe, PAPER):
         pipe(prompt=object(), audio_length_in_s=1.0)
     assert same(before, processors(pipe.unet))
 
 
 def test_nested_contexts_restore_the_outer_configuration(pipe) -> None:
     before = processors(pipe.unet)
-    with litefocus.patch(pipe, sparse_ratio=0.2) as outer:
+    with litefocus.patch(pipe, PAPER, sparse_ratio=0.2) as outer:
         during = processors(pipe.unet)
         with litefocus.patch(pipe, outer.config, seed=3):
-            assert litefocus.status(pipe).config == LiteFocusConfig(sparse_ratio=0.2, seed=3)
+            assert litefocus.status(pipe).config == LiteFocusConfig.paper(sparse_ratio=0.2, seed=3)
         assert same(during, processors(pipe.unet))
         litefocus.patch(pipe, seed=4)  # replaced inside, and still undone outside
     assert same(before, processors(pipe.unet))
@@ -119,16 +133,16 @@ def test_nested_contexts_restore_the_outer_configuration(pipe) -> None:
 
 def test_a_removed_patch_does_not_come_back(pipe) -> None:
     before = processors(pipe.unet)
-    outer = litefocus.patch(pipe)
+    outer = litefocus.patch(pipe, PAPER)
     with litefocus.patch(pipe, seed=1):
         outer.remove()
     assert same(before, processors(pipe.unet))
-    with pytest.raises(RuntimeError, match="this patch was removed; patch again"), outer:
+    with pytest.raises(RuntimeError, match="this patch is no longer in place; patch again"), outer:
         pass
 
 
 def test_what_was_overwritten_inside_a_context_is_still_shown_outside(pipe) -> None:
-    litefocus.patch(pipe)
+    litefocus.patch(pipe, PAPER)
     with litefocus.patch(pipe, seed=1):
         pipe.enable_attention_slicing()
     assert {layer.state for layer in litefocus.status(pipe).layers} == {"overwritten by SlicedAttnProcessor"}
@@ -136,7 +150,7 @@ def test_what_was_overwritten_inside_a_context_is_still_shown_outside(pipe) -> N
 
 def test_unpatch_inside_a_context_is_final(pipe) -> None:
     before = processors(pipe.unet)
-    litefocus.patch(pipe)
+    litefocus.patch(pipe, PAPER)
     with litefocus.patch(pipe, seed=1):
         litefocus.unpatch(pipe)
     assert same(before, processors(pipe.unet))
@@ -145,12 +159,12 @@ def test_unpatch_inside_a_context_is_final(pipe) -> None:
 def test_patching_again_replaces_and_never_stacks(pipe) -> None:
     before, dense = processors(pipe.unet), generate(pipe)
     first = litefocus.patch(pipe, sparse_ratio=0.5)
-    second = litefocus.patch(pipe)
+    second = litefocus.patch(pipe, PAPER)
     originals = [p.original for p in processors(pipe.unet).values() if isinstance(p, LiteFocusAttnProcessor)]
     assert originals
     assert not any(isinstance(original, LiteFocusAttnProcessor) for original in originals)
     first.remove()  # its processors are gone already
-    assert litefocus.status(pipe).config == LiteFocusConfig()
+    assert litefocus.status(pipe).config == PAPER
     second.remove()
     assert same(before, processors(pipe.unet))
     assert np.array_equal(generate(pipe), dense)
@@ -158,7 +172,7 @@ def test_patching_again_replaces_and_never_stacks(pipe) -> None:
 
 def test_what_something_else_overwrote_is_shown_and_left(pipe) -> None:
     before = processors(pipe.unet)
-    litefocus.patch(pipe)
+    litefocus.patch(pipe, PAPER)
     name, attn = next(item for item in attentions(pipe.unet).items() if item[0].endswith("attn1"))
     other = SlicedAttnProcessor(1)
     attn.set_processor(other)
@@ -174,19 +188,19 @@ def test_what_something_else_overwrote_is_shown_and_left(pipe) -> None:
 
 
 def test_attention_slicing_overwrites_everything_and_is_shown(pipe) -> None:
-    litefocus.patch(pipe)
+    litefocus.patch(pipe, PAPER)
     pipe.enable_attention_slicing()
     status = litefocus.status(pipe)
     assert {layer.state for layer in status.layers} == {"overwritten by SlicedAttnProcessor"}
     assert f"{len(status.layers)} overwritten since they were patched" in repr(status)
-    litefocus.patch(pipe)
+    litefocus.patch(pipe, PAPER)
     assert "overwritten" not in repr(litefocus.status(pipe))
     litefocus.unpatch(pipe)
     assert {layer.state for layer in litefocus.status(pipe).layers} == {"dense"}
 
 
 def test_a_failure_midway_leaves_the_pipeline_as_it_was(pipe, monkeypatch) -> None:
-    litefocus.patch(pipe, seed=1)
+    modules = [set(vars(module)) for module in pipe.unet.modules()]
     before = processors(pipe.unet)
     last = list(attentions(pipe.unet).values())[-2]
     set_processor = Attention.set_processor
@@ -200,11 +214,12 @@ def test_a_failure_midway_leaves_the_pipeline_as_it_was(pipe, monkeypatch) -> No
     with pytest.raises(RuntimeError, match="full"):
         litefocus.patch(pipe, seed=2)
     assert same(before, processors(pipe.unet))
+    assert [set(vars(module)) for module in pipe.unet.modules()] == modules
 
 
 def test_a_copy_is_independent(pipe) -> None:
     dense = generate(pipe)
-    litefocus.patch(pipe)
+    litefocus.patch(pipe, PAPER)
     patched = generate(pipe)
     other = copy.deepcopy(pipe)
     litefocus.unpatch(pipe)
@@ -215,14 +230,14 @@ def test_a_copy_is_independent(pipe) -> None:
 
 
 def test_a_patched_unet_pickles(pipe) -> None:
-    litefocus.patch(pipe)
+    litefocus.patch(pipe, PAPER)
     patched = generate(pipe)
     buffer = io.BytesIO()
     torch.save(pipe.unet, buffer)
     buffer.seek(0)
     pipe.unet = torch.load(buffer, weights_only=False)
     assert np.array_equal(generate(pipe), patched)
-    assert litefocus.status(pipe).config == LiteFocusConfig()
+    assert litefocus.status(pipe).config == PAPER
 
 
 def test_a_patched_unet_can_be_freed() -> None:
@@ -236,7 +251,7 @@ def test_a_patched_unet_can_be_freed() -> None:
 
 
 def test_saving_a_patched_pipeline_saves_nothing_of_ours(pipe, tmp_path) -> None:
-    litefocus.patch(pipe)
+    litefocus.patch(pipe, PAPER)
     pipe.unet.save_pretrained(tmp_path)
     assert "litefocus" not in (tmp_path / "config.json").read_text().lower()
     assert not any(
@@ -245,10 +260,10 @@ def test_saving_a_patched_pipeline_saves_nothing_of_ours(pipe, tmp_path) -> None
 
 
 def test_a_unet_alone_is_patched_like_its_pipeline(pipe) -> None:
-    litefocus.patch(pipe)
+    litefocus.patch(pipe, PAPER)
     expected = generate(pipe)
     litefocus.unpatch(pipe)
-    litefocus.patch(pipe.unet, freq_bins=16)
+    litefocus.patch(pipe.unet, PAPER, freq_bins=16)
     assert np.array_equal(generate(pipe), expected)
     litefocus.unpatch(pipe.unet)
     assert litefocus.status(pipe).config is None
@@ -258,9 +273,9 @@ def test_a_pipeline_with_a_compiled_unet_is_patched_like_another(pipe) -> None:
     plain = [(layer.name, layer.freq_bins) for layer in litefocus.status(pipe).layers]
     inner = pipe.unet
     pipe.unet = torch.compile(pipe.unet, backend="eager")
-    litefocus.patch(pipe)
+    litefocus.patch(pipe, PAPER)
     assert [(layer.name, layer.freq_bins) for layer in litefocus.status(pipe).layers] == plain
-    assert litefocus.status(inner).config == LiteFocusConfig()
+    assert litefocus.status(inner).config == PAPER
     litefocus.unpatch(pipe)
     assert litefocus.status(inner).config is None
 
@@ -280,13 +295,13 @@ def test_height_axis() -> None:
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     ).eval()
     x, text = torch.randn(1, 4, 8, 24), torch.randn(1, 3, 12)  # 8 frequency bins x 24 frames
-    litefocus.patch(unet, freq_bins=8, freq_axis="height", min_freq_bins=4)
+    litefocus.patch(unet, PAPER, freq_bins=8, freq_axis="height", min_freq_bins=4)
     with torch.no_grad():
         got = unet(x, 1, text).sample
         for module in unet.modules():
             if isinstance(module, nn.Conv2d):
                 module.weight.copy_(module.weight.transpose(2, 3).clone())
-        litefocus.patch(unet, freq_bins=8, min_freq_bins=4)
+        litefocus.patch(unet, PAPER, freq_bins=8, min_freq_bins=4)
         expected = unet(x.transpose(2, 3), 1, text).sample.transpose(2, 3)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
@@ -320,7 +335,7 @@ def published_unet(name: str) -> nn.Module:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_finds_all_self_attention_of_the_published_unets(name) -> None:
     unet = published_unet(name)
-    litefocus.patch(unet, freq_bins=16)
+    litefocus.patch(unet, PAPER, freq_bins=16)
     layers = litefocus.status(unet).layers
     assert (len(layers), len(attentions(unet))) == PUBLISHED[name][2:]
     by_block = {layer.name.split(".attentions")[0]: layer.freq_bins for layer in layers}
@@ -369,7 +384,7 @@ def test_estimate_agrees_with_a_count_of_every_operation() -> None:
 def test_estimated_saving_at_80_seconds(name, ratio) -> None:
     """The limits of DESIGN 4, which were counted another way, at 1024 frames where F = 8."""
     pipe = with_published_unet(name)
-    litefocus.patch(pipe, min_freq_bins=2)
+    litefocus.patch(pipe, PAPER, min_freq_bins=2)
     status = litefocus.status(pipe, seconds=81.92)
     assert status.flops is not None
     assert status.flops.ratio == pytest.approx(ratio, abs=0.02)
@@ -382,12 +397,12 @@ def test_estimated_saving_at_80_seconds(name, ratio) -> None:
 
 
 def test_status_prints_a_row_for_every_layer(pipe) -> None:
-    handle = litefocus.patch(pipe, sparse_ratio=0.2)
+    handle = litefocus.patch(pipe, PAPER, sparse_ratio=0.2)
     lines = repr(litefocus.status(pipe, seconds=20)).splitlines()
     layers = litefocus.status(pipe).layers
     assert lines[0].endswith(f"of {len(layers)} self-attention layers focus")
     assert "sparse_ratio=0.2" in lines[1]
-    assert lines[3].split() == ["layer", "freq", "bins", "does", "frames", "keys", "kept"]
+    assert lines[3].split() == ["layer", "freq", "bins", "state", "frames", "keys", "kept"]
     assert len(lines) == 4 + len(layers)
     assert lines[4].split() == ["down_blocks.1.attentions.0.transformer_blocks.0.attn1", "8", "focus", "250", "30.0%"]
     assert lines[-1].split()[1:] == ["8", "focus", "250", "30.0%"]
@@ -473,14 +488,17 @@ def test_refuses_bad_options_and_changes_nothing(pipe, options, error, message) 
 
 
 def test_a_bare_unet_needs_freq_bins() -> None:
-    with pytest.raises(ValueError, match=r"freq_bins cannot be read from UNet2DConditionModel.*pass freq_bins="):
+    with pytest.raises(
+        ValueError, match=r"freq_bins cannot be read from UNet2DConditionModel.*pass freq_bins=.*freq_axis=.height."
+    ):
         litefocus.patch(audioldm_unet())
 
 
 def test_wrong_freq_bins_show_at_the_first_call() -> None:
     pipe = build("AudioLDM")
     litefocus.patch(pipe.unet, freq_bins=24)
-    with pytest.raises(ValueError, match=r"layer 'down_blocks.1\S+attn1': \d+ tokens .* frames x 12 frequency bins"):
+    message = r"patched for 24 frequency bins on the width axis, and its input .* \(2, 8, 25, 16\) has 16 there"
+    with pytest.raises(ValueError, match=message):
         generate(pipe, 1.0)
 
 
