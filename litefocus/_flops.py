@@ -14,10 +14,14 @@ from litefocus._layers import blocks, named_modules
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Estimated floating-point operations of one UNet step for one batch element."""
+    """Estimated floating-point operations of one UNet step for one batch element.
+
+    attention: those of every self-attention layer's scores and values, patched, in the UNet's order.
+    """
 
     dense: float
     patched: float
+    attention: tuple[float, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -37,6 +41,7 @@ def step_flops(unet: nn.Module, keys_kept: Mapping[Any, float], num_frames: int,
         freq_bins: of the grid at the UNet's input.
     """
     dense = saved = 0.0
+    attention = dict.fromkeys(keys_kept, 0.0)
     # keys and values of cross-attention are made of the prompt's tokens, which are few
     of_prompt = set()
     module: Any
@@ -50,11 +55,12 @@ def step_flops(unet: nn.Module, keys_kept: Mapping[Any, float], num_frames: int,
             at = level + (".downsamplers." in name) - (".upsamplers." in name)
             tokens = halved(num_frames, at) * halved(freq_bins, at)
             if module in keys_kept:
-                attention = 4 * tokens**2 * module.to_q.out_features
-                dense += attention
-                saved += attention * (1 - keys_kept[module])
+                scores = 4 * tokens**2 * module.to_q.out_features
+                attention[module] = scores * keys_kept[module]
+                dense += scores
+                saved += scores - attention[module]
             in_transformer = ".attentions" in name or ".transformer_blocks." in name
             per_token = isinstance(module, nn.Conv2d) or (isinstance(module, nn.Linear) and in_transformer)
             if per_token and id(module) not in of_prompt:
                 dense += 2 * module.weight.numel() * tokens
-    return StepFlops(dense, dense - saved)
+    return StepFlops(dense, dense - saved, tuple(attention.values()))

@@ -10,7 +10,7 @@ import threading
 import weakref
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -21,26 +21,29 @@ from litefocus._processor import Installed, LiteFocusAttnProcessor, holds_ours, 
 from litefocus._status import Status, status_of
 from litefocus._tango import restore_duration
 from litefocus._target import Plan, Target, plan, resolve, warn_of_known_problems
-from litefocus.config import LiteFocusConfig
+from litefocus.config import ConfigOptions, LiteFocusConfig, shows_options
 from litefocus.focus import FreqAxis
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _lock = threading.RLock()  # patches come and go one at a time, whichever threads they are made in
 
 
+@shows_options
 def patch(
     pipe: Any,
     config: LiteFocusConfig | None = None,
     *,
     freq_bins: int | None = None,
     freq_axis: FreqAxis = "width",
-    **options: Any,
+    **options: Unpack[ConfigOptions],
 ) -> Patch:
     """Restrict the self-attention of a text-to-audio pipeline to focus sets, in place.
 
     The newest patch that was neither removed nor left is in force. One made outside of any `with` block replaces those
-    before it; one made inside of a block ends with it. Patches never stack. Where
-    two pipelines, or two threads, share one UNet, they share its patches: patch once, and run in as many threads as you
-    like.
+    before it; one made inside of a block ends with it. Patches never stack. Where two pipelines, or two threads, share
+    one UNet, they share its patches: patch once at start-up, not per request, and run in as many threads as you like.
 
     Args:
         pipe: an AudioLDM, AudioLDM 2 or MusicLDM pipeline of diffusers, a Tango, Tango 2, Mustango or ConsistencyTTA

@@ -6,7 +6,7 @@ import weakref
 import zlib
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,11 @@ from litefocus._grid import Grid, halved
 from litefocus._projection import attention_inputs
 from litefocus._table import as_html, as_text
 from litefocus._target import Plan, plan
-from litefocus.config import LiteFocusConfig
+from litefocus.config import ConfigOptions, LiteFocusConfig, shows_options
 from litefocus.focus import FreqAxis
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 QUERIES = 64  # of every call whose scores are looked at
 NATIVE_FRAMES = 256  # 10.24 s at 25 latent frames a second, what AudioLDM-style models were trained on
@@ -72,13 +75,14 @@ class LayerProbe:
     keys_kept: dict[str, float]
 
 
+@shows_options
 def probe(
     pipe: Any,
     config: LiteFocusConfig | None = None,
     *,
     freq_bins: int | None = None,
     freq_axis: FreqAxis = "width",
-    **options: Any,
+    **options: Unpack[ConfigOptions],
 ) -> Probe:
     """Measure how far LiteFocus would be from dense self-attention, while the pipeline runs as it is.
 

@@ -39,22 +39,41 @@ class Status:
     """What `litefocus.status` found. Prints as a table, in notebooks too.
 
     unet: class name. config: settings of the patch in force, None where there is none.
-    layers: one row for every self-attention layer, in the UNet's order.
-    seconds, flops: the length asked for, and the step's estimated arithmetic at that length.
+    layers: one row for every self-attention layer, in the UNet's order; what is printed has one for every level.
+    seconds, frames, flops: the length asked for, its frames at the UNet's input, and the step's estimated arithmetic.
 
     >>> row = LayerStatus("mid_block.attentions.0", freq_bins=2, state="dense", frames=None, keys_kept=None)
     >>> Status("UNet2DConditionModel", None, (row,))
     LiteFocus on UNet2DConditionModel: 0 of 1 self-attention layers focus
     not installed
-    layer                   freq bins  state
-    mid_block.attentions.0  2          dense
+    freq bins  layers  state
+    2          1       dense
     """
 
     unet: str
     config: LiteFocusConfig | None
     layers: tuple[LayerStatus, ...]
     seconds: float | None = None
+    frames: int | None = None
     flops: StepFlops | None = None
+
+    @property
+    def advice(self) -> str | None:
+        """One line where the settings are not the best for the length asked for; None where they are, or none was."""
+        default = LiteFocusConfig().time_window
+        if self.flops is None or self.frames is None or self.config is None or default is None:
+            return None
+        attention = sum(self.flops.attention) / self.flops.patched
+        if self.config.time_window is None and self.frames > 2 * default:
+            return (
+                f"advice: self-attention still is {attention:.0%} of the step and grows with the square of the length; "
+                f"leave time_window at its default of {default}"
+            )
+        if self.config.time_window is not None and not (self.config.reweight and self.config.far_sampled):
+            return (
+                "advice: a time window alone hears nothing of the rest of the clip; leave far_sampled and reweight on"
+            )
+        return None
 
     def _summary(self) -> list[str]:
         states = [layer.state for layer in self.layers]
@@ -69,20 +88,33 @@ class Status:
                 f"at {self.seconds:g} s: {self.flops.dense / 1e9:,.1f} GFLOPs a step become "
                 f"{self.flops.patched / 1e9:,.1f} (estimated), at most {self.flops.ratio:.2f}x faster"
             )
-        return lines
+        return lines + ([self.advice] if self.advice else [])
 
     def _table(self) -> list[tuple[str, ...]]:
-        header: tuple[str, ...] = ("layer", "freq bins", "state")
-        rows: list[tuple[str, ...]] = [
-            (layer.name, "?" if layer.freq_bins is None else str(layer.freq_bins), layer.state) for layer in self.layers
-        ]
-        if self.seconds is not None:
-            header += ("frames", "keys kept")
-            rows = [
-                (*row, str(layer.frames), f"{layer.keys_kept:.1%}")
-                for row, layer in zip(rows, self.layers, strict=True)
-            ]
-        return [header, *rows]
+        """A row for every level; layers that do not do what most of their level do are named."""
+        timed = self.seconds is not None
+        header = ("freq bins", *(("frames",) if timed else ()), "layers", "state")
+        table = [header + (("keys kept", "share of the step") if timed else ())]
+        levels: dict[int | None, list[LayerStatus]] = {}
+        for layer in self.layers:
+            levels.setdefault(layer.freq_bins, []).append(layer)
+        shares = {}
+        if self.flops is not None:
+            shares = dict(zip((x.name for x in self.layers), self.flops.attention, strict=True))
+        for freq_bins, layers in levels.items():
+            states = [layer.state for layer in layers]
+            usual = max(dict.fromkeys(states), key=states.count)
+            others = [f"{layer.name} {layer.state}" for layer in layers if layer.state != usual]
+            cells = ["?" if freq_bins is None else str(freq_bins), str(len(layers))]
+            cells.append("; ".join([usual, *others[:3], *([f"and {len(others) - 3} more"] if others[3:] else [])]))
+            if timed:
+                cells.insert(1, str(layers[0].frames))
+                kept = sorted({layer.keys_kept or 1.0 for layer in layers})
+                cells.append(" to ".join(f"{share:.1%}" for share in dict.fromkeys((kept[0], kept[-1]))))
+                total = self.flops.patched if self.flops is not None else 0.0
+                cells.append(f"{sum(shares[x.name] for x in layers) / total:.1%}" if total else "-")
+            table.append(tuple(cells))
+        return table
 
     def __repr__(self) -> str:
         return as_text(self._summary(), self._table())
@@ -136,7 +168,7 @@ def status_of(target: Target, seconds: float | None = None) -> Status:
         flops = step_flops(target.unet, kept, num_frames, geometry.freq_bins)
     installed = (installed_on(layer.attn) for layer in layers)
     config = next((one.grid.config for one in installed if one is not None and one.grid is not None), None)
-    return Status(type(target.unet).__name__, config, rows, seconds, flops)
+    return Status(type(target.unet).__name__, config, rows, seconds, num_frames, flops)
 
 
 def _row(layer: Layer, target: Target, num_frames: int | None) -> LayerStatus:

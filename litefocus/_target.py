@@ -12,7 +12,7 @@ from litefocus import _compvis
 from litefocus._grid import Grid, halved
 from litefocus._latent import LatentGeometry, input_freq_bins, latent_geometry
 from litefocus._layers import Layer, self_attention_layers, unwrapped
-from litefocus.config import LiteFocusConfig, merged_config
+from litefocus.config import ConfigOptions, LiteFocusConfig, merged_config
 from litefocus.focus import FreqAxis, check_freq_axis
 
 ACCEPTED = (
@@ -77,7 +77,7 @@ def plan(
     config: LiteFocusConfig | None,
     freq_bins: int | None,
     freq_axis: FreqAxis,
-    overrides: dict[str, Any],
+    overrides: ConfigOptions,
 ) -> Plan:
     """What `patch` and `probe` have in common: the same rules, the same messages. Changes nothing.
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import numbers
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., object])
 
 
 def suggestion(got: str, known: Iterable[str]) -> str:
@@ -159,7 +161,33 @@ def checked_config(config: Any) -> LiteFocusConfig:
     return config
 
 
-def merged_config(owner: str, config: LiteFocusConfig | None, overrides: dict[str, Any]) -> LiteFocusConfig:
+class ConfigOptions(TypedDict, total=False):
+    """The fields of `LiteFocusConfig` as keywords, for type checkers."""
+
+    same_frequency: bool
+    cross_frequency: bool
+    sparse_ratio: float
+    min_sampled: int
+    reweight: bool
+    time_window: int | None
+    far_sampled: int
+    min_freq_bins: int
+    seed: int
+
+
+def shows_options(function: F) -> F:
+    """Let `help` and completion show the fields of `LiteFocusConfig`, with types and defaults, for `**options`."""
+    signature = inspect.signature(function)
+    named = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+    options = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in fields(LiteFocusConfig)
+    ]
+    function.__signature__ = signature.replace(parameters=[*named, *options])  # type: ignore[attr-defined]
+    return function
+
+
+def merged_config(owner: str, config: LiteFocusConfig | None, overrides: Mapping[str, Any]) -> LiteFocusConfig:
     """`config`, or the defaults, with fields replaced. Raises TypeError in the name of `owner`."""
     options = [field.name for field in fields(LiteFocusConfig)]
     refuse_unknown(owner, overrides, [*options, "freq_bins", "freq_axis"])

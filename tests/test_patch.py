@@ -3,8 +3,6 @@
 import copy
 import gc
 import io
-import math
-import re
 import types
 import weakref
 from collections.abc import Iterator
@@ -391,60 +389,6 @@ def test_estimated_saving_at_80_seconds(name, ratio) -> None:
     kept = {layer.freq_bins: layer.keys_kept for layer in status.layers}
     assert kept == {8: 1738 / 8192, 4: (512 + 3 * 51) / 2048, 2: (256 + 26) / 512}
     assert f"at most {status.flops.ratio:.2f}x faster" in repr(status)
-
-
-# --- the table -------------------------------------------------------------------------------------------------------
-
-
-def test_status_prints_a_row_for_every_layer(pipe) -> None:
-    handle = litefocus.patch(pipe, PAPER, sparse_ratio=0.2)
-    lines = repr(litefocus.status(pipe, seconds=20)).splitlines()
-    layers = litefocus.status(pipe).layers
-    assert lines[0].endswith(f"of {len(layers)} self-attention layers focus")
-    assert "sparse_ratio=0.2" in lines[1]
-    assert lines[3].split() == ["layer", "freq", "bins", "state", "frames", "keys", "kept"]
-    assert len(lines) == 4 + len(layers)
-    assert lines[4].split() == ["down_blocks.1.attentions.0.transformer_blocks.0.attn1", "8", "focus", "250", "30.0%"]
-    assert lines[-1].split()[1:] == ["8", "focus", "250", "30.0%"]
-    assert next(line for line in lines if "mid_block" in line).split()[1:] == ["2", "dense", "63", "100.0%"]
-    assert repr(handle) == repr(litefocus.status(pipe))
-    assert handle._repr_html_() == litefocus.status(pipe)._repr_html_()
-
-
-def test_status_in_a_notebook(pipe) -> None:
-    html = litefocus.status(pipe, seconds=20)._repr_html_()
-    rows = re.findall("<tr>(.*?)</tr>", html)
-    assert len(rows) == 1 + len(litefocus.status(pipe).layers)
-    assert rows[1] == "".join(
-        f"<td>{cell}</td>"
-        for cell in ("down_blocks.1.attentions.0.transformer_blocks.0.attn1", "8", "dense", "250", "100.0%")
-    )
-    assert "not installed" in html
-
-
-def test_status_of_a_bare_unet_does_not_guess() -> None:
-    unet = audioldm_unet()
-    assert {layer.freq_bins for layer in litefocus.status(unet).layers} == {None}
-    litefocus.patch(unet, freq_bins=16)
-    assert {layer.freq_bins for layer in litefocus.status(unet).layers} == {8, 4, 2}
-    with pytest.raises(ValueError, match="pass the whole pipeline to status"):
-        litefocus.status(unet, seconds=10)
-
-
-@pytest.mark.parametrize("seconds", [0.28, 0.57, 1.005, 1.12, 20])
-def test_status_counts_frames_as_the_pipeline_does(pipe, seconds) -> None:
-    shapes = []
-    pipe.unet.register_forward_pre_hook(lambda _module, args: shapes.append(args[0].shape))
-    generate(pipe, seconds, steps=1)
-    pipe.unet._forward_pre_hooks.clear()
-    rows = litefocus.status(pipe, seconds=seconds).layers
-    assert {row.frames for row in rows if row.freq_bins == 8} == {math.ceil(shapes[0][2] / 2)}
-
-
-@pytest.mark.parametrize(("seconds", "error"), [(0, ValueError), (math.nan, ValueError), ("ten", TypeError)])
-def test_status_refuses_silly_lengths(seconds, error) -> None:
-    with pytest.raises(error, match="seconds must be"):
-        litefocus.status(build("AudioLDM"), seconds=seconds)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
