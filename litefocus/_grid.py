@@ -101,9 +101,12 @@ class Grid:
                 drawn = _Drawn(tuple(self._build(num_frames, device)))
             if type(drawn.sets[0].inverse) is not torch.Tensor:
                 return drawn.sets[0]  # made while a tracer looks on: of no use outside
-            for oldest in list(self._drawn)[: 1 - LENGTHS_KEPT]:
+            free = [key for key, others in list(self._drawn.items()) if not others.captured]
+            for oldest in free[: 1 - LENGTHS_KEPT]:
                 self._drawn.pop(oldest, None)  # default: another thread may have been faster
             self._drawn[num_frames, device] = drawn
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            drawn.captured = True
         return drawn.choose(draw)
 
     def _build(self, num_frames: int, device: torch.device) -> Iterator[FocusSet]:
@@ -133,6 +136,7 @@ class _Drawn:
 
     def __init__(self, sets: tuple[FocusSet, ...]) -> None:
         self.sets = sets
+        self.captured = False  # by a CUDA graph, which reads their memory as long as it lives: never to be evicted
         self._keys: Tensor | None = None  # (samples, groups, keys_per_query), where the sample is chosen on a GPU
 
     def choose(self, draw: int | Tensor) -> FocusSet:
