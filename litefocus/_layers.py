@@ -25,7 +25,7 @@ class Layer:
 
 def unwrapped(module: Any) -> Any:
     """The module inside of compilers', checkpointing's and distributed training's wrappers."""
-    while isinstance(module, nn.Module) and not WRAPPED.isdisjoint(module._modules):
+    while isinstance(module, nn.Module) and not WRAPPED.isdisjoint(module._modules.keys()):
         module = next(inner for name, inner in module._modules.items() if name in WRAPPED)
     return module
 

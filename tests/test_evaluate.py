@@ -13,10 +13,24 @@ import soundfile
 import torch
 from data import CLASS_NAMES, CLASSES, TEMPO_NAMES
 from diffusers import AudioLDM2Pipeline
-from evaluate import METHODS, Heard, Reference, compare, labels_of, listen, measures, verdict
+from evaluate import (
+    METHODS,
+    METRICS,
+    Heard,
+    Layers,
+    Method,
+    Reference,
+    compare,
+    count_cells,
+    labels_of,
+    listen,
+    measures,
+    verdict,
+)
 from torch import Tensor
 
 import litefocus
+from litefocus import LiteFocusConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,7 +63,6 @@ def step(pipe: AudioLDM2Pipeline, frames: int) -> Tensor:
 
 def test_every_method_changes_the_unet_and_is_taken_off_again(pipe) -> None:
     dense = {frames: step(pipe, frames) for frames in (128, 512)}
-    same_at_native_length = {"dense", "time tiles", "log-length scaling"}
     seen = {}
     for name, method in METHODS.items():
         with method.on(pipe):
@@ -57,24 +70,27 @@ def test_every_method_changes_the_unet_and_is_taken_off_again(pipe) -> None:
         assert torch.equal(step(pipe, 128), dense[128]), name
         assert litefocus.status(pipe).config is None, name
         close = torch.allclose(found[128], dense[128], atol=1e-4)
-        assert close == (name in same_at_native_length), name
+        assert close == (name in ("dense", "time tiles")), name
         seen[name] = found[512]
-    for one in METHODS:
-        for other in METHODS:
-            if one < other:  # with a fresh sample, the first step is litefocus' own
-                same = {one, other} == {"fresh sample", "litefocus"}
-                assert torch.equal(seen[one], seen[other]) == same, (one, other)
+    assert len({evaluate.digest(output) for output in seen.values()}) == len(METHODS) - 1
+    assert torch.equal(seen["litefocus"], seen["litefocus, one sample"])  # the step at 500 takes the first of four
 
 
-def test_a_fresh_sample_at_every_step(pipe) -> None:
-    with METHODS["fresh sample"].on(pipe) as callback:
-        first = step(pipe, 128)
-        callback(0)
-        second = step(pipe, 128)
-        callback(1)
-        assert not torch.equal(first, second)
-        assert not torch.equal(second, step(pipe, 128))
-        assert litefocus.status(pipe).config.seed == 2
+def test_the_fingerprint_tells_methods_apart(pipe) -> None:
+    """And only those: at native length no window is in force, and tiles are dense attention."""
+
+    def of(method: Method) -> str:
+        with method.on(pipe):
+            return evaluate.fingerprint(pipe, 1)
+
+    found = {name: of(method) for name, method in METHODS.items()}
+    assert found["time tiles"] == found["dense"]
+    assert found["window"] == found["window, none far"] == found["litefocus"]
+    assert len(set(found.values())) == len(METHODS) - 3
+    draws = [of(Method(LiteFocusConfig(), draws)) for draws in (1, 4, 8)]
+    assert draws[0] == found["litefocus, one sample"]
+    assert draws[1] == found["litefocus"]
+    assert len(set(draws)) == 3
 
 
 def test_self_only_is_attention_over_one_token(pipe) -> None:
@@ -148,7 +164,7 @@ def test_differences_are_paired() -> None:
     values = rng.uniform(size=50)
 
     def of(shift: float):
-        return lambda clips: dict.fromkeys(evaluate.METRICS, float(values[clips].mean() + shift))
+        return lambda clips: dict.fromkeys(METRICS, float(values[clips].mean() + shift))
 
     table = compare({"dense": of(0.0), "other": of(0.25), "real": of(0.5)}, 50)
     cell = table["other"]["class"]
@@ -159,6 +175,62 @@ def test_differences_are_paired() -> None:
     assert verdict({"diff": 0.31, "diff_se": 0.1}, True) == "+"
     assert verdict({"diff": 0.31, "diff_se": 0.1}, False) == "-"
     assert verdict({"diff": -0.29, "diff_se": 0.1}, True) == " "
+
+
+def test_cells_are_counted_by_side_and_size() -> None:
+    def row(method: str, times: int, **off: float) -> dict:
+        cells = {name: {"value": 1.0, "se": 0.1, "diff": 0.1 * off.get(name, 0.0), "diff_se": 0.1} for name in METRICS}
+        return {"model": "seed 1", "method": method, "times": times, **cells}
+
+    dense = row("dense", 1)
+    for metric in METRICS:
+        dense[metric] |= {"diff": 0.0, "diff_se": 0.0}
+    real = {"model": "seed 1", "method": "real", "times": 1, **{m: {"value": 1.0, "se": 0.1} for m in METRICS}}
+    rows = [dense, real, row("paper", 1, frechet=3.5, beat=-2.5, tempo=2.5), row("paper", 2, drift=1.9, kl=-3.5)]
+    (count,) = count_cells(rows)
+    assert count == {
+        **{"model": "seed 1", "method": "paper", "lengths": [1, 2], "cells": 14},
+        **{"worse_2": 2, "worse_3": 1, "better_2": 2, "better_3": 1},
+    }
+
+
+def test_the_screen_measures_errors_costs_and_distances(pipe) -> None:
+    args = evaluate.parse(["--samples", "", "--steps", "2", "--screen"])
+    inputs = evaluate.layer_inputs(pipe, 2, args)
+    layers = Layers(pipe, 2, inputs)
+    assert len(inputs) == sum("attn1" in name for name in inputs) + sum("attn2" in name for name in inputs)
+    name, x = next(iter(inputs.items()))
+    assert x.shape == (8, 128 * 8, pipe.unet.get_submodule(name).to_q.in_features)  # 2 clips, guidance, 2 steps
+    assert set(layers.errors(Method()).values()) == {0.0}
+    assert layers.cost(Method()) == 1
+    assert layers.cost(METHODS["token merging"]) == 0.25
+    assert layers.cost(METHODS["time tiles"]) == 0.5
+    alone = layers.errors(METHODS["self only"])[name]
+    with torch.no_grad():
+        value = pipe.unet.get_submodule(name).to_v(x)
+    assert alone == pytest.approx(float((value - layers.dense[name]).norm() / layers.dense[name].norm()), rel=1e-5)
+    errors = [np.mean(list(layers.errors(METHODS[how]).values())) for how in ("litefocus", "paper")]
+    assert 0 < errors[0] < errors[1] < 1
+
+    latents = torch.randn(3, 8, 128, 16)
+    apart = evaluate.distances(latents + 0.1, latents, latents - 0.2)
+    assert apart == pytest.approx([0.5] * 3, rel=1e-4)
+
+
+def test_what_is_recorded_replaces_what_was(tmp_path) -> None:
+    args = evaluate.parse(["--samples", "", "--screen", "--output", str(tmp_path / "e")])
+    row = {"model": "seed 1", "family": "peers", "setting": "paper", "times": 4, "clips": 8, "cost": 0.25}
+    row |= {"attention": 0.3, "worst": 0.5, "worst_layer": "a", "layers": {"a": 0.5, "b": 0.1}}
+    row |= {"latents": 0.2, "latents_se": 0.01}
+    evaluate.record("screen", [row, {**row, "times": 8}], args)
+    evaluate.record("screen", [{**row, "latents": 0.1}], args)
+    rows = json.loads((tmp_path / "e.json").read_text())["screen"]
+    assert {(row["times"], row["latents"]) for row in rows} == {(4, 0.1), (8, 0.2)}
+    assert f"torch {torch.__version__}" in rows[0]["measured"]
+    report = (tmp_path / "EVALUATION.md").read_text()
+    assert "| paper | 25.0% | 0.300 (0.500) | 0.100 ± 0.010 | 25.0% | 0.300 (0.500) | 0.200 ± 0.010 |" in report
+    assert (tmp_path / "e_cost.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "e.png").exists()
 
 
 def test_beat_and_drift_of_made_up_spectrograms() -> None:
@@ -195,18 +267,25 @@ def test_the_whole_evaluation_runs_and_goes_on_where_it_stopped(tmp_path, monkey
         "--output",
         str(tmp_path / "e"),
     ]
+    monkeypatch.setattr(evaluate, "RESAMPLES", 20)
     evaluate.main([*common, "--wavs"])
     printed = capsys.readouterr().out
     assert "1x: 12 clips, 12 windows" in printed
-    assert "2x: 12 clips, 24 windows" in printed
     rows = json.loads((tmp_path / "e.json").read_text())["rows"]
+    assert "cells worse than dense" in printed
     methods = {"dense", "litefocus", "self only", "real"}
-    assert {(row["method"], row["times"]) for row in rows} == {(m, t) for m in methods for t in (1, 2)}
+    assert {row["method"] for row in rows} == methods
     assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "e_spectrograms.png").read_bytes().startswith(b"\x89PNG")
+    report = (tmp_path / "EVALUATION.md").read_text()
+    found = {row["method"]: row for row in rows}
+    assert f"| self only | {evaluate.cell_text(found['self only']['frechet'])} |" in report
+    assert "### seed 1, 5.12 s (1x), 12 clips" in report
+    assert json.loads((tmp_path / "e.json").read_text())["counts"] == count_cells(rows)
     assert len(list((work / "wavs" / "litefocus").glob("*.wav"))) == 12
 
     files = {path: path.stat().st_mtime_ns for path in work.glob("*.pt")}
-    assert len(files) == 9  # three methods at two lengths, real scenes at two, the reference
+    assert len(files) == 5  # three methods, real scenes, the reference
 
     def no_more(*_: object, **__: object) -> None:
         raise AssertionError("this was generated before")

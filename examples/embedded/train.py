@@ -73,7 +73,7 @@ def fit(
     optimiser = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=0.01)
     step, used = 0, 0.0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimiser.load_state_dict(state["optimiser"])
@@ -382,6 +382,8 @@ def train_unet(args: argparse.Namespace) -> None:
     unet = new_unet(args.widths)
     conditions = Conditions.encode(new_pipeline(vae, new_vocoder(), unet))
     kept = new_scheduler().alphas_cumprod
+    unet.to(args.device)
+    mixed = torch.autocast(torch.device(args.device).type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
     rng = np.random.default_rng([int(time.time()), os.getpid()])
     torch.manual_seed(int(rng.integers(2**31)))
     unet.train()
@@ -396,8 +398,10 @@ def train_unet(args: argparse.Namespace) -> None:
         steps = torch.from_numpy((np.arange(size) + rng.random(size)) / size * 1000).long().clamp(max=999)
         signal, noise_level = (x[steps].sqrt()[:, None, None, None] for x in (kept, 1.0 - kept))
         noise = torch.randn_like(clean)
-        v = unet(signal * clean + noise_level * noise, steps, **conditions.batch(rows)).sample
-        error = (v - (signal * noise - noise_level * clean)).square().mean(dim=(1, 2, 3))
+        texts = {name: x.to(args.device) for name, x in conditions.batch(rows).items()}
+        with mixed:
+            v = unet((signal * clean + noise_level * noise).to(args.device), steps.to(args.device), **texts).sample
+        error = (v - (signal * noise - noise_level * clean).to(args.device)).square().mean(dim=(1, 2, 3))
         return {"loss": error.mean(), "noisy": error[3 * size // 4 :].mean().detach()}
 
     fit(args.name, unet, loss_of, args, peak_rate=1e-3, minutes=args.minutes or 112.0, ema_decay=0.998)
@@ -411,7 +415,7 @@ def export(args: argparse.Namespace) -> None:
     work, here = Path(args.work), Path(__file__).parent
 
     def averaged(name: str) -> dict[str, Tensor]:
-        return torch.load(work / f"{name}.pt", weights_only=True)["average"]
+        return torch.load(work / f"{name}.pt", map_location="cpu", weights_only=True)["average"]
 
     vae, vocoder, unet = AutoencoderKL.from_pretrained(work / "vae"), new_vocoder(), new_unet(args.widths)
     vocoder.load_state_dict(averaged("vocoder"))
@@ -478,6 +482,13 @@ def main() -> None:
         "--half-length", type=float, default=0.75, help="unet: share of the time on half-length clips (default: 0.75)"
     )
     parser.add_argument("--copyright", help="export: copyright file of the package; rewrites manifest.csv")
+    parser.add_argument("--device", default="cpu", help="unet: where it is trained (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="unet: of its arithmetic, with weights in float32 (default: %(default)s)",
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -1,0 +1,184 @@
+"""The benchmark: methods compute what their names say, candidates equal the library, and the page is complete."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import benchmark
+import kernels
+import methods
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AudioLDM2Pipeline
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import litefocus
+from litefocus import LiteFocusConfig, focus_attention, focus_set
+
+ROOT = Path(__file__).parents[1]
+FRAMES, BINS = 40, 4
+FEW = LiteFocusConfig(min_sampled=4)  # on short clips the default floor keeps all keys
+
+
+class Recorder:
+    """In place of a layer's processor: keeps what it is called with, and returns it."""
+
+    def __init__(self) -> None:
+        self.calls: list[Tensor] = []
+
+    def __call__(self, attn: Any, x: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any) -> Tensor:
+        self.calls.append(x)
+        return x
+
+
+@pytest.fixture(scope="module")
+def pipe() -> AudioLDM2Pipeline:
+    return AudioLDM2Pipeline.from_pretrained(ROOT / "examples" / "embedded" / "pipeline")
+
+
+def attended(pipe: AudioLDM2Pipeline, frames: int = 64) -> Tensor:
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        return pipe.unet(
+            torch.randn(1, 8, frames, 16, generator=draw),
+            500,
+            encoder_hidden_states=torch.randn(1, 8, 32, generator=draw),
+            encoder_hidden_states_1=torch.randn(1, 6, 64, generator=draw),
+        ).sample
+
+
+def qkv(tokens: int) -> Tensor:
+    return torch.randn(3, 2, 3, tokens, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_published_arithmetic_is_one_softmax_over_own_bin_and_sample() -> None:
+    q, k, v = qkv(FRAMES * BINS).double()
+    sample = torch.tensor([3, 17, 17 + BINS, 80])
+    found = methods.published(q, k, v, sample, BINS)
+    token = 22  # bin 2
+    keys = [*range(token % BINS, FRAMES * BINS, BINS), *sample.tolist()]  # a sampled key of the own bin counts twice
+    weights = (q[:, :, token, None] * k[:, :, keys]).sum(-1).div(math.sqrt(8)).softmax(-1)
+    torch.testing.assert_close(found[:, :, token], (weights[..., None] * v[:, :, keys]).sum(2))
+
+
+def test_tiles_run_the_layer_on_every_tile_and_the_rest() -> None:
+    recorder = Recorder()
+    tiles = methods.Tiles(recorder, freq_bins=BINS, native_frames=64)  # 16 frames where there are 4 bins
+    x = torch.arange(FRAMES * BINS).float().view(1, -1, 1)
+    assert torch.equal(tiles(None, x), x)
+    assert [tuple(call.shape) for call in recorder.calls] == [(2, 64, 1), (1, 32, 1)]
+    assert tiles.kept(FRAMES) == pytest.approx((2 * 16**2 + 8**2) / 40**2)
+
+
+def test_merging_runs_the_layer_on_half_of_the_tokens() -> None:
+    recorder = Recorder()
+    x = torch.randn(1, FRAMES * BINS, 6, generator=torch.Generator().manual_seed(0))
+    merged = methods.Merged(recorder, freq_bins=BINS)(None, x)
+    assert (recorder.calls[0].shape, merged.shape) == ((1, FRAMES * BINS // 2, 6), x.shape)
+    assert not torch.allclose(merged, x)
+
+
+@pytest.mark.parametrize("method", [FEW, methods.Published, methods.Tiles, methods.Merged, methods.Peer])
+def test_a_method_is_installed_and_taken_off_again(pipe, method) -> None:
+    dense, before = attended(pipe), dict(pipe.unet.attn_processors)
+    with methods.installed(pipe, method, native_frames=32):
+        assert not torch.allclose(attended(pipe), dense, atol=1e-4)
+    assert pipe.unet.attn_processors == before
+    assert torch.equal(attended(pipe), dense)
+
+
+@pytest.mark.parametrize("method", [methods.Published, methods.Tiles, FEW])
+def test_flop_ratio_is_what_torch_counts(pipe, method) -> None:
+    """But for cross-attention and embeddings, which are left out of the estimate."""
+    counts = {}
+    for which in (None, method):
+        # only attention that is made of matrix products is counted
+        with (
+            methods.installed(pipe, which, native_frames=64),
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False) as counter,
+        ):
+            attended(pipe, frames=128)
+        counts[which] = counter.get_total_flops()
+    counted = counts[None] / counts[method]
+    assert methods.flop_ratio(pipe, method, seconds=5.12, native_frames=64) == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LiteFocusConfig.paper(),
+        LiteFocusConfig(min_sampled=6),
+        LiteFocusConfig(min_sampled=6, time_window=40, far_sampled=5),
+    ],
+    ids=["paper", "weighted", "window"],
+)
+def test_every_kernel_equals_focus_attention(config) -> None:
+    focus = focus_set(256, 2, config)
+    q, k, v = qkv(focus.tokens)
+    expected = focus_attention(q, k, v, focus)
+    candidates = {"merged": kernels.through(kernels.by_merging(focus), focus)}
+    if len(focus.keys) == 2:
+        candidates["views"] = kernels.own_bins_as_views(focus, 256)
+    with torch.no_grad():
+        for name, run in candidates.items():
+            torch.testing.assert_close(run(q, k, v), expected, atol=1e-5, rtol=1e-5, msg=name)
+    assert F.scaled_dot_product_attention.__name__ == "scaled_dot_product_attention"  # put back
+
+
+def test_twins_share_their_weights_and_nothing_else() -> None:
+    args = SimpleNamespace(device=torch.device("cpu"), dtype="float32")
+    pipe = benchmark.build("small", args)
+    other = benchmark.twin(pipe, LiteFocusConfig())
+    assert all(a is b for a, b in zip(pipe.unet.parameters(), other.unet.parameters(), strict=True))
+    assert litefocus.status(pipe).config is None
+    assert litefocus.status(other).config == LiteFocusConfig()
+
+
+def test_results_replace_older_ones_and_are_written_as_a_page_and_a_picture(tmp_path: Path) -> None:
+    output = tmp_path / "speed"
+
+    def row(seconds: float, method: str, median: float) -> benchmark.Row:
+        figures = {"median": median, "minimum": median, "ratio": 2.0, "flop_ratio": 4.0, "peak_mb": 7.0}
+        return benchmark.Row(
+            model="audioldm2", seconds=seconds, method=method, device="cpu", dtype="float32", measured="here", **figures
+        )
+
+    for factor in (1, 2):
+        results = benchmark.Results(output)
+        results.add("rows", [row(s, m, factor * s) for s in (10.0, 20.0, 40.0) for m in ("dense", "litefocus")])
+    results.write()
+    assert [entry["median"] for entry in json.loads(output.with_suffix(".json").read_text())["rows"]] == [
+        *(20.0, 20.0),
+        *(40.0, 40.0),
+        *(80.0, 80.0),
+    ]
+    page = (tmp_path / "SPEED.md").read_text()
+    assert "| 20 s | litefocus | 40 s | 40 s | 2.00 | 4.00 | 50% | 7 MB |" in page
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_call_and_a_step_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--threads", "1", "--rounds", "1", "--device", "cpu", "--output", str(tmp_path / "all")]
+    benchmark.main(["call", "--seconds", "1", *common])
+    some = ["dense", "litefocus", "time tiles"]
+    benchmark.main(
+        ["step", "--models", "small", "--seconds", "1", "2", "--sum-above", "1", "--methods", *some, *common]
+    )
+    rows = json.loads((tmp_path / "all.json").read_text())["rows"]
+    steps = {(row["seconds"], row["method"]): row for row in rows if row["model"] == "small"}
+    assert set(steps) == {(seconds, method) for seconds in (1.0, 2.0) for method in some}
+    assert {row["summed"] for row in rows if row["seconds"] == 2.0 and row["model"] == "small"} == {True}
+    assert not steps[1.0, "dense"]["summed"]
+    assert steps[2.0, "litefocus"]["median"] > 0
+    errors = [row["error"] for row in rows if row["error"] is not None]
+    assert errors
+    assert max(errors) < 1e-5
+    assert "one attention call, 1 s of audio" in capsys.readouterr().out
