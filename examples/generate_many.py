@@ -4,67 +4,87 @@
     python examples/generate_many.py prompts.jsonl --output clips --seconds 60
 
 Prompts are lines of text, or of JSON with "prompt" and, if they differ from the command line's, "seed" and "seconds".
-Every clip is a wav, and a line in records.jsonl: what was asked for, how long it took, or why it failed. Run the same
-command again to go on where it stopped, and to try again what failed. A clip depends on its prompt, seed and settings
-alone, not on the number of processes.
+Every clip is a wav, named after its prompt and a digest of prompt, seed and settings, and a line in records.jsonl: what
+was asked for, how long it took, or why it failed. Run the same command again to go on where it stopped, and to try
+again what failed; other prompts or settings make other files beside those that are there. A clip depends on its
+prompt, seed and settings alone, not on the number of processes. The exit code is 1 where clips failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import heapq
 import json
 import os
+import re
+import sys
+import threading
 import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import soundfile
-from accelerate import PartialState
-from generate import EMBEDDED, generate, guidance_for, load_pipeline, save
-from tqdm import tqdm
+from generate import Parser, check, complete, generate, interruptible, load, save
 
-import litefocus
+with interruptible():
+    import soundfile
+    from accelerate import PartialState
+    from tqdm import tqdm
 
 RECORDS = "records.jsonl"
+Job = dict[str, Any]
 
 
-def read_jobs(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """What to generate, one record a clip. Raises ValueError for a line that cannot be read."""
-    jobs = []
-    for number, line in enumerate(args.prompts.read_text().splitlines(), 1):
+def read_jobs(args: argparse.Namespace) -> list[Job]:
+    """What to generate, one record a clip, each clip once. Raises ValueError for the first line that cannot be used."""
+    names = ("seconds", "steps", "guidance", "model", "dtype", "tile_decoding")
+    common = {name: getattr(args, name) for name in names} | {"attention": asdict(args.config)}
+    jobs: dict[str, Job] = {}
+    repeats: Counter[tuple[str, float]] = Counter()
+    for number, line in enumerate(args.prompts.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
-        own = {"prompt": line.strip()}
-        if args.prompts.suffix == ".jsonl":
-            try:
-                own = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{args.prompts}, line {number}: {error}") from None
-        if not isinstance(own, dict) or "prompt" not in own or not own.keys() <= {"prompt", "seed", "seconds"}:
-            raise ValueError(f'{args.prompts}, line {number}: must hold "prompt" and at most "seed", "seconds"')
-        settings = {name: getattr(args, name) for name in ("seconds", "model", "steps", "guidance", "time_window")}
-        job = {"file": f"{len(jobs):05d}.wav", "seed": args.seed + len(jobs), **settings, **own}
-        jobs.append(job)
-    return jobs
-
-
-def done(folder: Path) -> list[dict[str, Any]]:
-    """The jobs of all clips that are there, as their last records tell. A torn last line is passed over."""
-    last: dict[str, dict[str, Any]] = {}
-    path = folder / RECORDS
-    for line in path.read_text().splitlines() if path.exists() else ():
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        last[record["file"]] = record
-    whole = [record for record in last.values() if "error" not in record and (folder / record["file"]).exists()]
-    return [{name: value for name, value in record.items() if name != "took"} for record in whole]
+            own = json.loads(line) if args.prompts.suffix == ".jsonl" else {"prompt": line.strip()}
+            if not isinstance(own, dict) or "prompt" not in own or not own.keys() <= {"prompt", "seed", "seconds"}:
+                raise ValueError('must hold "prompt" and at most "seed", "seconds"')
+            job = {**common, "seed": args.seed, **own}
+            check(job)
+        except ValueError as error:
+            raise ValueError(f"{args.prompts}, line {number}: {error}") from None
+        job["seconds"] = float(job["seconds"])
+        if "seed" not in own:  # a prompt that comes again is another clip
+            job["seed"] += repeats[job["prompt"], job["seconds"]]
+            repeats[job["prompt"], job["seconds"]] += 1
+        jobs.setdefault(file_name(job), {"file": file_name(job), **job})
+    if not jobs:
+        raise ValueError(f"{args.prompts} holds no prompt")
+    return list(jobs.values())
 
 
-def append(path: Path, record: dict[str, Any]) -> None:
+def file_name(job: Job) -> str:
+    """The start of the prompt, for people, and a digest of everything that the clip depends on."""
+    stem = re.sub(r"\W+", "-", job["prompt"].lower()).strip("-")[:40]
+    return f"{stem or 'clip'}-{hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:12]}.wav"
+
+
+def shares(jobs: list[Job], processes: int) -> list[list[Job]]:
+    """The jobs of every process: longest first, each to the process that has the least to do so far."""
+    parts: list[list[Job]] = [[] for _ in range(processes)]
+    loads = [(0.0, process) for process in range(processes)]
+    for job in sorted(jobs, key=lambda job: -job["seconds"]):
+        load, process = heapq.heappop(loads)
+        parts[process].append(job)
+        heapq.heappush(loads, (load + job["seconds"], process))
+    return parts
+
+
+def append(path: Path, record: Job) -> None:
     """Add a line in one write, which processes that append to one file do not tear. A torn line before is ended."""
-    file = os.open(path, os.O_APPEND | os.O_CREAT | os.O_RDWR, 0o644)
+    file = os.open(path, os.O_APPEND | os.O_CREAT | os.O_RDWR | getattr(os, "O_BINARY", 0), 0o644)
     try:
         torn = os.fstat(file).st_size > 0
         if torn:
@@ -75,56 +95,93 @@ def append(path: Path, record: dict[str, Any]) -> None:
         os.close(file)
 
 
-def make(pipe: Any, job: dict[str, Any], folder: Path) -> dict[str, Any]:
+def read_records(file: TextIO) -> list[Job]:
+    """The records from where `file` stands to its end. Torn lines are passed over; one at the end is left for later."""
+    records = []
+    while True:
+        start = file.tell()
+        line = file.readline()
+        if not line.endswith("\n"):
+            file.seek(start)
+            return records
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+
+
+def make(pipe: Any, job: Job, folder: Path) -> Job:
     """Generate one clip; the record of it, or of why it failed."""
     started = time.perf_counter()
     try:
-        with litefocus.patch(pipe, time_window=job["time_window"]):
-            audio, _ = generate(pipe, argparse.Namespace(**job))
+        audio, _ = generate(pipe, job)
         rate = pipe.vocoder.config.sampling_rate
-        save(folder / job["file"], lambda whole: soundfile.write(whole, audio, rate), quiet=True)
+        save(folder / job["file"], lambda whole: soundfile.write(whole, audio, rate))
     except Exception as error:  # the others go on
         return {**job, "error": f"{type(error).__name__}: {error}"}
     return {**job, "took": round(time.perf_counter() - started, 3)}
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line `argv`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def watch(file: TextIO, names: set[str], bar: tqdm, records: dict[str, Job]) -> None:
+    """Collect the records of all processes as they come, until there is one for each of `names`."""
+    while records.keys() < names:
+        for record in read_records(file):
+            if record["file"] in names:
+                records[record["file"]] = record
+                bar.update()
+                if "error" in record:
+                    tqdm.write(f"{record['file']} ({record['prompt']!r}): {record['error']}", file=sys.stderr)
+        time.sleep(0.2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv`; the exit code, of the first process that for all of them."""
+    parser = Parser(__doc__)
     parser.add_argument("prompts", type=Path, help=".txt or .jsonl")
     parser.add_argument("--output", type=Path, default=Path("clips"), help="folder (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=20.0, help="length of a clip (default: %(default)s)")
-    parser.add_argument("--model", default=str(EMBEDDED), help="folder or hub id (default: the embedded pipeline)")
-    parser.add_argument("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, help="guidance scale (default: the pipeline's; 5 if embedded)")
-    parser.add_argument("--seed", type=int, default=0, help="of the first clip, then one more each (default: 0)")
-    parser.add_argument("--time-window", type=int, help="latent frames around a query, for clips of minutes")
     args = parser.parse_args(argv)
-    args.guidance = guidance_for(args.model, args.guidance)
-    try:
+    with parser.refusing():
+        complete(args)
         jobs = read_jobs(args)
         args.output.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        state = PartialState()
+        args.device = state.device
+        path = args.output / RECORDS
+        path.touch()
+        pending = [job for job in jobs if not (args.output / job["file"]).exists()]
+        log = path.open(encoding="utf-8")
+        recorded = {record["file"] for record in read_records(log) if "error" not in record}
+        if state.is_main_process:
+            for job in jobs:
+                if job not in pending and job["file"] not in recorded:  # stopped between clip and record
+                    append(path, job)
+        log.seek(0, os.SEEK_END)
+        state.wait_for_everyone()  # before the first clip is there, so that all share out the same
+        if pending:
+            pipe, _ = load(args)
+            pipe.set_progress_bar_config(disable=True)
 
-    state = PartialState()
-    finished = done(args.output)
-    pending = [job for job in jobs if job not in finished]
-    state.wait_for_everyone()  # before the first clip is there, so that all share out the same
-    if not pending:
-        return
-    pipe = load_pipeline(args.model, state.device)
-    pipe.set_progress_bar_config(disable=True)
-    with (
-        state.split_between_processes(pending) as mine,
-        tqdm(mine, desc="clips of the first process", disable=not state.is_main_process) as bar,
-    ):
-        for job in bar:
-            record = make(pipe, job, args.output)
-            append(args.output / RECORDS, record)
-            if "error" in record:
-                tqdm.write(f"{job['file']} ({job['prompt']!r}): {record['error']}")
+    started = time.perf_counter()
+    records: dict[str, Job] = {}
+    with tqdm(total=len(pending), desc="clips", disable=not state.is_main_process) as bar:
+        names = {job["file"] for job in pending}
+        watcher = threading.Thread(target=watch, args=(log, names, bar, records), daemon=True)
+        if state.is_main_process:
+            watcher.start()
+        for job in shares(pending, state.num_processes)[state.process_index]:
+            append(path, make(pipe, job, args.output))
+        if not state.is_main_process:
+            return 0
+        watcher.join()
+    log.close()
+    failed = sum("error" in record for record in records.values())
+    print(f"{len(records) - failed} done, {len(jobs) - len(pending)} there before, {failed} failed", end="")
+    if made := sum(record["seconds"] for record in records.values() if "error" not in record):
+        print(f"; {made / (time.perf_counter() - started):.2f} s of audio a second", end="")
+    print(f", in {args.output}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    with interruptible():
+        sys.exit(main())

@@ -8,15 +8,19 @@ Run it in a clone of declare-lab/tango, on current diffusers. Weights (5 GB) com
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import soundfile
-import torch
+from generate import DTYPES, Parser, check_output, complete, interruptible, peak_memory, save
 
-import litefocus
+with interruptible():
+    import soundfile
+    import torch
+
+    import litefocus
 
 
 def mend_imports() -> None:
@@ -41,29 +45,64 @@ def mend_imports() -> None:
     librosa.util.pad_center = by_position(librosa.util.pad_center, 1, "size")
 
 
-def main() -> None:
+def place(tango: Any, device: torch.device, dtype: torch.dtype, offload: bool) -> None:
+    """Let the UNet of `tango` run in `dtype` and, if it is to offload, keep on the device only what is at work.
+
+    Text encoder, VAE and vocoder stay in float32: the encoder is a T5, and those overflow in half precision.
+    """
+
+    def cast(x: Any) -> Any:
+        return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    tango.model.unet.to(dtype).register_forward_pre_hook(
+        lambda _, args, kwargs: (tuple(map(cast, args)), {name: cast(x) for name, x in kwargs.items()}),
+        with_kwargs=True,
+    )
+    denoise = tango.model.inference
+
+    @functools.wraps(denoise)
+    def inference(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if offload:
+            tango.vae.to("cpu")
+            tango.model.to(device)
+        latents = denoise(*args, **kwargs).float()
+        if offload:
+            tango.model.to("cpu")
+            tango.vae.to(device)
+        return latents
+
+    tango.model.inference = inference
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Load Tango, set the length, patch, generate, write the wav."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompt")
-    parser.add_argument("--seconds", type=float, default=60.0, help="default: %(default)s")
-    parser.add_argument("--model", default="declare-lab/tango2", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=100, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--time-window", type=int, help="latent frames (25 a second) around a query, for minutes")
-    parser.add_argument("--output", default="tango.wav", help="default: %(default)s")
-    args = parser.parse_args()
+    parser = Parser(__doc__)
+    parser.add_argument("prompt", help="what should sound")
+    parser.add_argument("--output", type=Path, default=Path("tango.wav"), help="wav to write (default: %(default)s)")
+    parser.set_defaults(seconds=60.0, model="declare-lab/tango2", steps=100, guidance=3.0)
+    args = parser.parse_args(argv)
+    with parser.refusing():
+        complete(args)
+        check_output(args.output)
+        sys.path.insert(0, "")  # the clone of Tango that this is run in
+        mend_imports()
+        from tango import Tango
 
-    mend_imports()
-    sys.path.insert(0, "")  # the clone of Tango that this is run in
-    from tango import Tango
+        tango = Tango(args.model, device=str(torch.device("cpu") if args.offload else args.device))
+        place(tango, args.device, DTYPES[args.dtype], args.offload)
+        litefocus.set_duration(tango, args.seconds)
+        litefocus.patch(tango, args.config)
+        if args.tile_decoding:
+            litefocus.tile_decoding(tango)
 
-    tango = Tango(args.model, device="cuda:0" if torch.cuda.is_available() else "cpu")
-    litefocus.set_duration(tango, args.seconds)
-    print(litefocus.patch(tango, time_window=args.time_window))
     torch.manual_seed(args.seed)  # Tango draws from the global generator
-    soundfile.write(args.output, tango.generate(args.prompt, steps=args.steps), 16000)
+    wave = tango.generate(args.prompt, steps=args.steps, guidance=args.guidance, disable_progress=False)
+    save(args.output, lambda whole: soundfile.write(whole, wave, 16000))
     print(f"wrote {args.output}")
+    if memory := peak_memory():
+        print(memory)
 
 
 if __name__ == "__main__":
-    main()
+    with interruptible():
+        main()

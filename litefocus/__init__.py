@@ -1,5 +1,6 @@
 """LiteFocus attention for text-to-audio diffusion pipelines: long clips, faster, in one line."""
 
+from litefocus._decoding import TiledDecoding, tile_decoding
 from litefocus._patch import Patch, patch, unpatch
 from litefocus._probe import Probe, probe
 from litefocus._processor import LiteFocusAttnProcessor
@@ -16,12 +17,14 @@ __all__ = [
     "Patch",
     "Probe",
     "Status",
+    "TiledDecoding",
     "focus_attention",
     "focus_set",
     "patch",
     "probe",
     "set_duration",
     "status",
+    "tile_decoding",
     "unpatch",
 ]
 

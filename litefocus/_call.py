@@ -71,7 +71,7 @@ class Watch:
             _compvis.bind_replicas(unet)
         timestep = kwargs.get("timestep", kwargs.get("timesteps", args[1] if len(args) > 1 else None))
         others = (call for call in running.get() if call.unet != id(unet))
-        running.set((*others, Call(num_frames, draw_of(timestep), id(unet))))
+        running.set((*others, Call(int(num_frames), draw_of(timestep), id(unet))))
 
     def leave(self, unet: nn.Module, args: Any, output: Any) -> None:
         """The call has ended, well or not."""

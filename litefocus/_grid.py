@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litefocus._call import running
+from litefocus._call import Call, running
 from litefocus._tracing import assume_constant_result, mark_static
 from litefocus.config import LiteFocusConfig, checked_config, positive_integer
 from litefocus.focus import FocusSet, FreqAxis, check_freq_axis, focus_set, keys_per_query
@@ -65,12 +65,12 @@ class Grid:
         # copies and pickles rebuild their focus sets where they are used
         return {**self.__dict__, "_drawn": {}}
 
-    def num_frames(self, tokens: int) -> int | None:
+    def num_frames(self, tokens: int, calls: tuple[Call, ...]) -> int | None:
         """Frames of a call of `tokens` tokens; None, with a `mismatch`, where they are not the grid of the UNet's call.
 
+        calls: the UNets' calls that run, the innermost last.
         Raises ValueError for tokens that are no grid of this many bins where no UNet's call is known.
         """
-        calls = running.get()
         if calls:
             frames = halved(calls[-1].num_frames, self.level)
             if frames * self.freq_bins == tokens:
@@ -156,16 +156,17 @@ def halved(size: int, level: int) -> int:
 
 
 @assume_constant_result
-def focus_set_for(grid: Grid, tokens: int, device: torch.device, traced: bool) -> FocusSet | None:
+def focus_set_for(grid: Grid, tokens: int, device: torch.device, watched: bool, traced: bool) -> FocusSet | None:
     """The focus set of a call of `tokens` tokens at a layer; None where it stays dense.
 
-    A constant to the compiler, which so needs neither to look into the cache nor to guard it. traced: whether the
-    compiler asks; its graph keeps the layer's first sample for all steps.
+    A constant to the compiler, which so needs neither to look into the cache nor to guard it. watched: whether the
+    layer is one of a patched UNet, whose call is known. traced: whether the compiler asks; its graph keeps the layer's
+    first sample for all steps.
     """
     if grid.freq_bins < grid.config.min_freq_bins:
         return None
-    num_frames = grid.num_frames(tokens)
+    calls = running.get() if watched else ()
+    num_frames = grid.num_frames(tokens, calls)
     if num_frames is None or grid.keys_kept(num_frames) == 1:
         return None
-    calls = running.get()
     return grid.focus_set(num_frames, device, calls[-1].draw if calls and not traced else 0)

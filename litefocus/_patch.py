@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from litefocus._call import Watch
+from litefocus._decoding import untile
 from litefocus._grid import Grid
 from litefocus._layers import get_processor, self_attention_layers, set_processor
-from litefocus._processor import Installed, LiteFocusAttnProcessor, holds_ours, installed_on, processor_over
+from litefocus._processor import Installed, LiteFocusAttnProcessor, installed_on, ours_in, processor_over
 from litefocus._status import Status, status_of
 from litefocus._tango import restore_duration
 from litefocus._target import Plan, Target, plan, resolve, warn_of_known_problems
@@ -92,8 +93,8 @@ def unpatch(pipe: Any) -> None:
     """Put back every processor that LiteFocus replaced, the same objects. Harmless where nothing is patched.
 
     Every patch is removed, also those of blocks that still run. Layers that something else has overwritten since are
-    left as they are; what has wrapped a processor keeps it, and it hands every call to the one before it. A length
-    that `set_duration` gave a Tango object is taken back too.
+    left as they are; what has wrapped a processor keeps it, and it hands every call to the one before it. Tiles of
+    `tile_decoding`, and a length that `set_duration` gave a Tango object, are taken back too.
 
     Args:
         pipe: what `patch` accepts.
@@ -119,6 +120,7 @@ def unpatch(pipe: Any) -> None:
             processor = get_processor(module)
             if isinstance(processor, LiteFocusAttnProcessor) and processor.original is not None:
                 set_processor(module, processor.original)
+    untile(pipe)
     restore_duration(pipe)
 
 
@@ -157,7 +159,7 @@ class Patches:
         try:
             for layer in layers:
                 processor = get_processor(layer.attn)
-                if not holds_ours(processor):
+                if ours_in(processor) is None:
                     set_processor(layer.attn, processor_over(processor))
                     changed.append((layer.attn, processor))
         except BaseException:
@@ -169,6 +171,8 @@ class Patches:
             if id(layer.attn) in before or installed_on(layer.attn) is None:
                 processor = before.get(id(layer.attn), get_processor(layer.attn))
                 layer.attn._litefocus = Installed(layer.name, processor)
+                if id(layer.attn) in before:
+                    layer.attn._litefocus.processor = get_processor(layer.attn)
         unet.__dict__["_litefocus_patches"] = self
         inside = [i for i, other in enumerate(self.slots) if other.in_block]
         kept = self.slots if slot.in_block else self.slots[: max(inside, default=-1) + 1]
@@ -198,8 +202,11 @@ class Patches:
             installed.grid = None if entry is None else entry.grids.get(installed.name)
             if entry is None:
                 del attn._litefocus
-                if isinstance(get_processor(attn), LiteFocusAttnProcessor):
-                    set_processor(attn, installed.before)
+                processor = get_processor(attn)
+                if isinstance(processor, LiteFocusAttnProcessor):
+                    # one that something brought back, or made anew, goes for what it stands for itself
+                    own = processor is not installed.processor and processor.original is not None
+                    set_processor(attn, processor.original if own else installed.before)
         if self.watch is not None:
             self.watch.remove()
             self.watch = None
@@ -254,6 +261,7 @@ class Patch:
             patches = self._entry.patches
             if unet is not None and any(slot.entry is self._entry for slot in patches.slots):
                 patches.keep(unet, [slot for slot in patches.slots if slot.entry is not self._entry])
+                patches.unpatched = not patches.slots
 
     def __enter__(self) -> Patch:
         """Put this patch's own settings in force. Raises RuntimeError if it was taken off already."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from litefocus._call import Watch
+from litefocus._call import Watch, running
 from litefocus._grid import Grid, halved
 from litefocus._projection import attention_inputs
 from litefocus._table import as_html, as_text
@@ -304,7 +304,7 @@ class _Measured:
             return
         query, key, value = attention_inputs(attn, states)
         tokens = query.shape[2]
-        frames = self.grid.num_frames(tokens)
+        frames = self.grid.num_frames(tokens, running.get())
         if frames is None:  # merged tokens: they lie on no grid
             return
         chosen = self._choose(tokens).to(query.device)

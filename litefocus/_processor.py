@@ -19,12 +19,14 @@ class Installed:
     """What is patched on one layer. It is kept on the layer itself, whichever processor objects others may put there.
 
     name: of the layer. before: what was there, to be put back. original: the processor that other calls are handed to.
-    grid: the layer's grid under the patch in force.
+    processor: what was installed, None where one of ours was there already. grid: under the patch in force.
     """
 
     def __init__(self, name: str, before: Any) -> None:
         self.name, self.before = name, before
-        self.original = before.original if isinstance(before, LiteFocusAttnProcessor) else before
+        inside = ours_in(before)
+        self.original = before if inside is None else inside.original
+        self.processor: LiteFocusAttnProcessor | None = None
         self.grid: Grid | None = None
 
 
@@ -105,11 +107,15 @@ class LiteFocusAttnProcessor:
         if grid is not None and encoder_hidden_states is None and attention_mask is None:
             # which grid? operator.index: a plain int under torch.compile's dynamic shapes too, as the index needs one
             tokens = hidden_states.shape[1] if hidden_states.ndim == 3 else hidden_states.shape[2:].numel()
-            focus = focus_set_for(grid, operator.index(tokens), hidden_states.device, torch.compiler.is_compiling())
+            focus = focus_set_for(
+                grid, operator.index(tokens), hidden_states.device, installed is not None, torch.compiler.is_compiling()
+            )
         if focus is None:
             original = self.original
+            if original is None and installed is not None:
+                original = installed.original
             if original is None:
-                original = default_processor() if installed is None else installed.original
+                original = default_processor()
             return hand_on(original, attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
 
         residual, input_shape = hidden_states, hidden_states.shape
@@ -180,24 +186,30 @@ def hand_on(
     return output
 
 
-def holds_ours(thing: Any, depth: int = 4) -> bool:
-    """Whether one of our processors is in `thing`, a wrapper of any kind: attributes, lists, closures, partials."""
-    if isinstance(thing, LiteFocusAttnProcessor):
-        return True
-    if depth == 0 or isinstance(thing, (Tensor, str, bytes, int, float, type, type(None))):
-        return False
-    inside: list[Any] = []
-    if isinstance(thing, dict):
-        inside += thing.values()
-    elif isinstance(thing, (list, tuple, set, frozenset)):
-        inside += thing
-    else:
-        inside += vars(thing).values() if hasattr(thing, "__dict__") else ()
-        inside += (getattr(thing, name) for name in getattr(type(thing), "__slots__", ()) if hasattr(thing, name))
-        inside += (getattr(thing, name, None) for name in ("__self__", "__wrapped__", "func", "args", "keywords"))
-        for cell in getattr(thing, "__closure__", None) or ():
-            try:
-                inside.append(cell.cell_contents)
-            except ValueError:  # an empty cell
-                continue
-    return any(holds_ours(part, depth - 1) for part in inside)
+def ours_in(thing: Any) -> LiteFocusAttnProcessor | None:
+    """The processor of ours in `thing`: itself, or in a wrapper of any kind (attributes, lists, closures, partials)."""
+    queue = [thing]
+    seen: set[int] = set()
+    while queue and len(seen) < 500:
+        thing = queue.pop(0)
+        if isinstance(thing, LiteFocusAttnProcessor):
+            return thing
+        plain = isinstance(thing, (Tensor, str, bytes, int, float, type, type(None)))
+        if plain or id(thing) in seen or hasattr(thing, "to_q") or hasattr(thing, "down_blocks"):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, dict):
+            queue += thing.values()
+        elif isinstance(thing, (list, tuple, set, frozenset)):
+            queue += thing
+        else:
+            queue += vars(thing).values() if hasattr(thing, "__dict__") else ()
+            slots = (name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ()))
+            names = (*slots, "__self__", "__wrapped__", "func", "args", "keywords")
+            queue += (getattr(thing, name, None) for name in names)
+            for cell in getattr(thing, "__closure__", None) or ():
+                try:
+                    queue.append(cell.cell_contents)
+                except ValueError:  # an empty cell
+                    continue
+    return None

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from litefocus._decoding import Tiles, decoding_bytes, tiling_of
 from litefocus._flops import StepFlops, step_flops
 from litefocus._grid import halved
 from litefocus._layers import Layer, get_processor
-from litefocus._processor import LiteFocusAttnProcessor, holds_ours, installed_on
+from litefocus._processor import LiteFocusAttnProcessor, installed_on, ours_in
 from litefocus._table import as_html, as_text
 from litefocus._target import Target, resolve
 from litefocus.config import LiteFocusConfig
 
+MUCH_MEMORY = 2**30  # bytes
 LONG_CLIP = 10**6  # frames, for what a layer does where no length is given: no rounding of the sample matters
 
 
@@ -41,6 +43,7 @@ class Status:
     unet: class name. config: settings of the patch in force, None where there is none.
     layers: one row for every self-attention layer, in the UNet's order; what is printed has one for every level.
     seconds, frames, flops: the length asked for, its frames at the UNet's input, and the step's estimated arithmetic.
+    tiles, decoding_bytes: of `tile_decoding`, None without; estimated memory of decoding one clip of that length.
 
     >>> row = LayerStatus("mid_block.attentions.0", freq_bins=2, state="dense", frames=None, keys_kept=None)
     >>> Status("UNet2DConditionModel", None, (row,))
@@ -56,6 +59,8 @@ class Status:
     seconds: float | None = None
     frames: int | None = None
     flops: StepFlops | None = None
+    tiles: Tiles | None = None
+    decoding_bytes: int | None = None
 
     @property
     def advice(self) -> str | None:
@@ -73,6 +78,8 @@ class Status:
             return (
                 "advice: a time window alone hears nothing of the rest of the clip; leave far_sampled and reweight on"
             )
+        if self.tiles is None and (self.decoding_bytes or 0) > MUCH_MEMORY:
+            return "advice: litefocus.tile_decoding(pipe) decodes in the memory of one tile"
         return None
 
     def _summary(self) -> list[str]:
@@ -88,6 +95,10 @@ class Status:
                 f"at {self.seconds:g} s: {self.flops.dense / 1e9:,.1f} GFLOPs a step become "
                 f"{self.flops.patched / 1e9:,.1f} (estimated), at most {self.flops.ratio:.2f}x faster"
             )
+        if self.tiles is not None or self.decoding_bytes is not None:
+            tiled = "whole" if self.tiles is None else f"in tiles of {self.tiles.seconds:g} s"
+            memory = "" if self.decoding_bytes is None else f", {self.decoding_bytes / 2**30:.1f} GiB (estimated)"
+            lines.append(f"decoding: {tiled}{memory}")
         return lines + ([self.advice] if self.advice else [])
 
     def _table(self) -> list[tuple[str, ...]]:
@@ -147,7 +158,9 @@ def status(pipe: Any, seconds: float | None = None) -> Status:
     >>> status.layers[0].state, status.layers[0].frames, round(status.layers[0].keys_kept, 3)
     ('focus', 1000, 0.179)
     """
-    return status_of(resolve(pipe), seconds)
+    found, tiles = status_of(resolve(pipe), seconds), tiling_of(pipe)
+    memory = None if seconds is None else decoding_bytes(pipe, seconds, tiles)
+    return replace(found, tiles=tiles, decoding_bytes=memory)
 
 
 def status_of(target: Target, seconds: float | None = None) -> Status:
@@ -185,7 +198,7 @@ def _row(layer: Layer, target: Target, num_frames: int | None) -> LayerStatus:
     if grid is not None:
         freq_bins = grid.freq_bins
         wrapped = not isinstance(processor, LiteFocusAttnProcessor)
-        if wrapped and not holds_ours(processor):
+        if wrapped and ours_in(processor) is None:
             state = f"overwritten by {type(processor).__name__}"
         else:
             kept = grid.keys_kept(frames or LONG_CLIP)

@@ -22,3 +22,4 @@ def assume_constant_result(function: Function) -> Function:
 def mark_static(tensor: Tensor) -> None:
     """As `torch._dynamo.mark_static(tensor)`: no dimension of `tensor` gets a symbolic size, nor guards for one."""
     tensor._dynamo_static_indices = set(range(tensor.ndim))  # type: ignore[attr-defined]
+    tensor._has_dynamo_dim_marking = True  # type: ignore[attr-defined]  # in newer torch alone

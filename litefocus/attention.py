@@ -83,5 +83,6 @@ def _groups_at_once(key: Tensor, focus: FocusSet) -> int:
     tokens = focus.inverse.shape[0]
     keys = 2 * tokens
     if key.device.type == "cpu" and not torch.compiler.is_compiling():  # which would unroll every slice
-        keys = min(keys, SLICE_BYTES * tokens // max(1, key.nbytes))  # an empty batch has none
+        size = key.shape.numel() * key.element_size()  # not key.nbytes, which is unknown to tracers of symbolic shapes
+        keys = min(keys, SLICE_BYTES * tokens // max(1, size))  # an empty batch has none
     return max(1, keys // focus.keys.shape[1])

@@ -21,7 +21,14 @@ from torch import Tensor, nn
 import litefocus
 from litefocus import LiteFocusConfig
 
-CONFIG = LiteFocusConfig(sparse_ratio=0.2)
+CONFIG = LiteFocusConfig(sparse_ratio=0.2, min_sampled=0)  # clips this short would be dense with the floor
+
+
+@pytest.fixture(autouse=True)
+def as_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle knows no timesteps, so one sample serves all; and it masks grids of any size."""
+    monkeypatch.setattr("litefocus._grid.DRAWS", 1)
+    monkeypatch.setattr("litefocus._grid.MIN_KEYS_SAVED", 1)
 
 
 @pytest.fixture(params=["AudioLDM", "AudioLDM 2"])
@@ -67,7 +74,7 @@ def test_lora(pipe: Any, first: str) -> None:
     litefocus.patch(pipe, CONFIG)
     if first == "patch":
         add_lora(pipe)
-    assert {layer.state for layer in litefocus.status(pipe).layers if layer.freq_bins == 8} == {"focus"}
+    assert {layer.state for layer in litefocus.status(pipe).layers} == {"focus"}
     assert_same_audio(generate(pipe), expected)
     for adapter in adapters(pipe):
         adapter.merge()
@@ -203,10 +210,11 @@ def test_a_saved_pipeline_loads_clean(pipe: Any, tmp_path: Any) -> None:
     assert_same_audio(generate(loaded), dense)
 
 
-def test_two_pipelines_in_two_threads(pipe: Any) -> None:
+def test_two_pipelines_in_two_threads(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("litefocus._grid.DRAWS", 4)  # each has its own timestep at hand
     other = copy.deepcopy(pipe)
     litefocus.patch(pipe, CONFIG)
-    litefocus.patch(other, sparse_ratio=0.05, seed=9, min_freq_bins=4)
+    litefocus.patch(other, sparse_ratio=0.05, min_sampled=0, seed=9, min_freq_bins=4)
     alone = [generate(each, steps=4) for each in (pipe, other)]
     assert np.abs(alone[0] - alone[1]).max() > 1e-3
     for each in (pipe, other):  # anew: their threads build the focus sets

@@ -29,7 +29,8 @@ def test_prints_a_row_for_every_level(pipe) -> None:
     assert lines[0].endswith(f"of {len(status.layers)} self-attention layers focus")
     assert "sparse_ratio=0.2" in lines[1]
     assert lines[2].startswith("at 20 s: ")
-    assert lines[3].split() == [
+    assert lines[3].startswith("decoding: whole, ")
+    assert lines[4].split() == [
         "freq",
         "bins",
         "frames",
@@ -43,7 +44,7 @@ def test_prints_a_row_for_every_level(pipe) -> None:
         "step",
     ]
     level = {bins: sum(layer.freq_bins == bins for layer in status.layers) for bins in (8, 4, 2)}
-    rows = [line.split()[:-1] for line in lines[4:]]
+    rows = [line.split()[:-1] for line in lines[5:]]
     assert rows == [
         ["8", "250", str(level[8]), "focus", "30.0%"],
         ["4", "125", str(level[4]), "dense", "100.0%"],
@@ -63,7 +64,18 @@ def test_shares_of_the_step_are_those_of_attention(pipe) -> None:
     of_level = sum(
         flops for layer, flops in zip(status.layers, status.flops.attention, strict=True) if layer.freq_bins == 8
     )
-    assert repr(status).splitlines()[4].split()[-1] == f"{of_level / status.flops.patched:.1%}"
+    assert repr(status).splitlines()[5].split()[-1] == f"{of_level / status.flops.patched:.1%}"
+
+
+def test_tiled_decoding_is_shown_and_taken_back_by_unpatch() -> None:
+    pipe = build("AudioLDM 2")
+    litefocus.patch(pipe)
+    litefocus.tile_decoding(pipe)
+    status = litefocus.status(pipe, seconds=36000)
+    assert (status.tiles.seconds, status.advice) == (10.24, None)
+    assert re.search(r"^decoding: in tiles of 10.24 s, 0\.\d GiB \(estimated\)$", repr(status), re.MULTILINE)
+    litefocus.unpatch(pipe)
+    assert litefocus.status(pipe).tiles is None
 
 
 def test_irregular_layers_are_named() -> None:
@@ -96,6 +108,7 @@ def test_in_a_notebook(pipe) -> None:
         ({"time_window": None}, 600, "grows with the square of the length; leave time_window at its default of 1024"),
         ({"far_sampled": 0}, 600, "a time window alone hears nothing of the rest of the clip"),
         ({"reweight": False}, 600, "a time window alone hears nothing of the rest of the clip"),
+        ({}, 36000, "litefocus.tile_decoding(pipe) decodes in the memory of one tile"),
     ],
 )
 def test_advice(options, seconds, advice) -> None:

@@ -57,6 +57,7 @@ class Grids:
 
     def __init__(self, unet: nn.Module, kind: type[nn.Module] = Transformer2DModel) -> None:
         self.found: dict[str, tuple[int, int]] = {}
+        self.biases: dict[tuple[Any, ...], Tensor] = {}
         for name, module in unet.named_modules():
             if isinstance(module, kind):
 
@@ -74,7 +75,10 @@ class Grids:
             return None
         if config.time_window is not None:  # halved with the grid
             config = replace(config, time_window=math.ceil(config.time_window * bins / freq_bins))
-        return bias(focus_set(frames, bins, config, layer=layer, freq_axis=freq_axis))
+        drawn = (frames, bins, config, layer, freq_axis)
+        if drawn not in self.biases:
+            self.biases[drawn] = bias(focus_set(frames, bins, config, layer=layer, freq_axis=freq_axis))
+        return self.biases[drawn]
 
 
 class MaskedDense:
