@@ -75,6 +75,23 @@ def test_original_code_is_that_of_masked_dense_attention(variant: str) -> None:
     assert {layer.state for layer in status.layers} == {"focus"}
 
 
+@pytest.mark.parametrize("variant", ["audioldm", "audioldm2 full"])
+def test_original_code_is_restored_and_its_dense_layers_are_the_same(variant: str) -> None:
+    unet = original_unet(variant)
+    before = run_original(unet)
+    with litefocus.patch(unet, freq_bins=16, sparse_ratio=1.0):  # every self-attention call left dense
+        torch.testing.assert_close(run_original(unet), before, atol=1e-5, rtol=1e-4)
+        assert litefocus.status(unet).layers[0].name == "input_blocks.4.1.transformer_blocks.0.attn1"
+        with litefocus.patch(unet, ALL, freq_bins=16, sparse_ratio=0.2):
+            assert not torch.allclose(run_original(unet), before, atol=1e-4)
+        torch.testing.assert_close(run_original(unet), before, atol=1e-5, rtol=1e-4)
+    assert torch.equal(run_original(unet), before)
+    litefocus.patch(unet, ALL, freq_bins=16)
+    litefocus.unpatch(unet)
+    assert torch.equal(run_original(unet), before)
+    assert not any("forward" in layer.__dict__ for layer in cross_attention(unet).values())
+
+
 def test_original_code_keeps_a_forward_that_was_set_on_a_layer() -> None:
     unet = original_unet("audioldm2 full")
     layer = unet.input_blocks[4][1].transformer_blocks[0].attn1
@@ -104,8 +121,9 @@ def test_what_overwrote_an_original_layer_is_shown() -> None:
 def test_copies_of_original_code_are_independent(duplicate: Callable[[nn.Module], nn.Module]) -> None:
     unet = original_unet("audioldm2 full")
     dense = run_original(unet)
-    litefocus.patch(unet, freq_bins=16)
+    litefocus.patch(unet, ALL, freq_bins=16)
     patched = run_original(unet)
+    assert (patched - dense).abs().max() > 1e-3
     other = duplicate(unet)
     assert torch.equal(run_original(other), patched)
     with torch.no_grad():
@@ -113,7 +131,7 @@ def test_copies_of_original_code_are_independent(duplicate: Callable[[nn.Module]
     assert torch.equal(run_original(other), patched)
     litefocus.unpatch(other)
     assert torch.equal(run_original(other), dense)
-    assert litefocus.status(unet).config == LiteFocusConfig()
+    assert litefocus.status(unet).config == ALL
 
 
 def saved(module: nn.Module) -> bytes:

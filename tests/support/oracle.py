@@ -57,6 +57,7 @@ class Grids:
 
     def __init__(self, unet: nn.Module, kind: type[nn.Module] = Transformer2DModel) -> None:
         self.found: dict[str, tuple[int, int]] = {}
+        self.draw = 0  # which sample of every layer
         self.biases: dict[tuple[Any, ...], Tensor] = {}
         for name, module in unet.named_modules():
             if isinstance(module, kind):
@@ -75,9 +76,10 @@ class Grids:
             return None
         if config.time_window is not None:  # halved with the grid
             config = replace(config, time_window=math.ceil(config.time_window * bins / freq_bins))
-        drawn = (frames, bins, config, layer, freq_axis)
+        drawn = (frames, bins, config, layer, freq_axis, self.draw)
         if drawn not in self.biases:
-            self.biases[drawn] = bias(focus_set(frames, bins, config, layer=layer, freq_axis=freq_axis))
+            focus = focus_set(frames, bins, config, layer=layer, freq_axis=freq_axis, draw=self.draw)
+            self.biases[drawn] = bias(focus)
         return self.biases[drawn]
 
 
@@ -97,9 +99,10 @@ class MaskedDense:
         return AttnProcessor2_0()(attn, x, encoder_hidden_states, attention_mask, temb)
 
 
-def install_oracle(unet: nn.Module, config: LiteFocusConfig, freq_bins: int = 16, freq_axis: str = "width") -> None:
-    """Make every attention layer of a diffusers UNet a masked one."""
+def install_oracle(unet: nn.Module, config: LiteFocusConfig, freq_bins: int = 16, freq_axis: str = "width") -> Grids:
+    """Make every attention layer of a diffusers UNet a masked one. Returns the grids that it measures."""
     grids = Grids(unet)
     for name, module in unet.named_modules():
         if isinstance(module, Attention):
             module.set_processor(MaskedDense(name, grids, config, freq_bins, freq_axis))
+    return grids
