@@ -6,6 +6,7 @@ audioldm2/latent_diffusion/modules/diffusionmodules/openaimodel.py (audioldm2 0.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -78,44 +79,58 @@ class OriginalAttention:
             attended = F.scaled_dot_product_attention(*project(attn, hidden_states))
             output = attn.to_out(attended.transpose(1, 2).flatten(2))
         else:
-            output = type(attn).forward(attn, hidden_states, encoder_hidden_states, attention_mask)
+            own: Any = super(_ThroughProcessor, attn) if isinstance(attn, _ThroughProcessor) else attn
+            output = own.forward(hidden_states, encoder_hidden_states, attention_mask)
         return output
 
 
-class ProcessorForward:
-    """A layer's `forward` that goes through a processor. It is set on the layer itself, over that of its class.
+class _ThroughProcessor:
+    """Comes before a layer's class as long as the layer goes through a processor, which the layer itself keeps.
 
-    It has to know its layer, since what is set on an instance is not bound to it. Copies of the layer, deep or pickled,
-    hold a copy of it; a replica for data parallelism shares it, and gets one of its own from `bind_replicas`.
+    So nothing knows the layer but the layer: its copies and its replicas for data parallelism go through the same
+    processor with weights of their own.
     """
 
-    def __init__(self, attn: nn.Module, processor: Any) -> None:
-        self.attn, self.processor = attn, processor
+    _litefocus_processor: Any
 
-    def __call__(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        output: Tensor = self.processor(self.attn, x, encoder_hidden_states=context, attention_mask=mask)
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        output: Tensor = self._litefocus_processor(self, x, encoder_hidden_states=context, attention_mask=mask)
         return output
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # pickle finds classes by their names, and that of ours is the original's
+        reduced: Any = super().__reduce_ex__(max(2, protocol))
+        return _new, (type(self).__bases__[1],), *reduced[2:]
+
+
+@functools.cache
+def _through_processor(kind: Any) -> Any:
+    """`kind` with a processor, under the same name, by which others tell an attention layer."""
+    return type(kind.__name__, (_ThroughProcessor, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _new(kind: Any) -> Any:
+    """An empty layer that goes through a processor, for a copy to be filled."""
+    return nn.Module.__new__(_through_processor(kind))
 
 
 def get_processor(attn: nn.Module) -> Any:
     """The processor that the layer goes through, or its own attention as one."""
     forward = attn.__dict__.get("forward")
-    return forward.processor if isinstance(forward, ProcessorForward) else OriginalAttention(forward)
+    if forward is not None and getattr(forward, "__func__", None) is not _ThroughProcessor.forward:
+        return OriginalAttention(forward)
+    return attn.__dict__.get("_litefocus_processor", OriginalAttention(None))
 
 
-def set_processor(attn: nn.Module, processor: Any) -> None:
+def set_processor(attn: Any, processor: Any) -> None:
     """Make the layer go through `processor`; an `OriginalAttention` restores what it stands for."""
-    if not isinstance(processor, OriginalAttention):
-        attn.forward = ProcessorForward(attn, processor)
-    elif processor.forward is not None:
-        attn.forward = processor.forward
+    attn.__dict__.pop("forward", None)
+    attn.__dict__.pop("_litefocus_processor", None)
+    kind = type(attn).__bases__[1] if isinstance(attn, _ThroughProcessor) else type(attn)
+    if isinstance(processor, OriginalAttention):
+        attn.__class__ = kind
+        if processor.forward is not None:
+            attn.forward = processor.forward
     else:
-        attn.__dict__.pop("forward", None)
-
-
-def bind_replicas(unet: nn.Module) -> None:
-    """Give the layers of a replica, which data parallelism makes by sharing attributes, a `forward` of their own."""
-    for layer in unet.modules():
-        forward = layer.__dict__.get("forward")
-        if isinstance(forward, ProcessorForward) and forward.attn is not layer:
-            layer.forward = ProcessorForward(layer, forward.processor)
+        attn.__class__ = _through_processor(kind)
+        attn.__dict__["_litefocus_processor"] = processor  # not as an attribute: a module would become one below it

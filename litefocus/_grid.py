@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from litefocus._call import Call, running
+from litefocus._call import Watched
 from litefocus._tracing import assume_constant_result, mark_static
 from litefocus.config import LiteFocusConfig, checked_config, positive_integer
 from litefocus.focus import FocusSet, FreqAxis, check_freq_axis, focus_set, keys_per_query
@@ -34,7 +35,8 @@ class Grid:
         config: settings, `time_window` in frames of the UNet's input.
         freq_axis: "width" or "height", see `focus_set`.
 
-    `mismatch` says what was wrong with the last call that had another number of tokens than the grid.
+    `mismatch` says what was wrong with the last call that had another number of tokens than the grid. `reached` is the
+    number of the UNet's last call that came to the layer, infinite once it was compiled, since nothing more is seen.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Grid:
         if config.time_window is not None:
             self.local_config = replace(config, time_window=halved(config.time_window, level))
         self.mismatch: str | None = None
+        self.reached: float = 0
         self._drawn: dict[tuple[int, torch.device], _Drawn] = {}
 
     def __repr__(self) -> str:
@@ -65,17 +68,18 @@ class Grid:
         # copies and pickles rebuild their focus sets where they are used
         return {**self.__dict__, "_drawn": {}}
 
-    def num_frames(self, tokens: int, calls: tuple[Call, ...]) -> int | None:
+    def num_frames(self, tokens: int, lengths: Sequence[int]) -> int | None:
         """Frames of a call of `tokens` tokens; None, with a `mismatch`, where they are not the grid of the UNet's call.
 
-        calls: the UNets' calls that run, the innermost last.
-        Raises ValueError for tokens that are no grid of this many bins where no UNet's call is known.
+        lengths: frames that the UNet's input may have had.
+        Raises ValueError for tokens that are no grid of this many bins where nothing is known of its input.
         """
-        if calls:
-            frames = halved(calls[-1].num_frames, self.level)
-            if frames * self.freq_bins == tokens:
+        for length in reversed(lengths):
+            if halved(length, self.level) * self.freq_bins == tokens:
                 self.mismatch = None
-                return frames
+                return halved(length, self.level)
+        if lengths:
+            frames = halved(lengths[-1], self.level)
             self.mismatch = f"{tokens} tokens are not its grid of {frames} frames x {self.freq_bins} bins"
             return None
         if tokens % self.freq_bins or not tokens:
@@ -156,17 +160,20 @@ def halved(size: int, level: int) -> int:
 
 
 @assume_constant_result
-def focus_set_for(grid: Grid, tokens: int, device: torch.device, watched: bool, traced: bool) -> FocusSet | None:
+def focus_set_for(
+    grid: Grid, tokens: int, device: torch.device, watched: Watched | None, traced: bool
+) -> FocusSet | None:
     """The focus set of a call of `tokens` tokens at a layer; None where it stays dense.
 
-    A constant to the compiler, which so needs neither to look into the cache nor to guard it. watched: whether the
-    layer is one of a patched UNet, whose call is known. traced: whether the compiler asks; its graph keeps the layer's
-    first sample for all steps.
+    A constant to the compiler, which so needs neither to look into the cache nor to guard it. watched: of the patched
+    UNet, if the layer is one of its. traced: whether the compiler asks; its graph keeps the layer's first sample for
+    all steps.
     """
+    call = None if watched is None else watched.call
+    grid.reached = max(grid.reached, math.inf if traced else call.number if call else 0)
     if grid.freq_bins < grid.config.min_freq_bins:
         return None
-    calls = running.get() if watched else ()
-    num_frames = grid.num_frames(tokens, calls)
+    num_frames = grid.num_frames(tokens, watched.lengths if watched else ())
     if num_frames is None or grid.keys_kept(num_frames) == 1:
         return None
-    return grid.focus_set(num_frames, device, calls[-1].draw if calls and not traced else 0)
+    return grid.focus_set(num_frames, device, call.draw if call and not traced else 0)

@@ -14,20 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from litefocus._call import Watch
+from litefocus._call import Watch, Watched
 from litefocus._decoding import untile
 from litefocus._grid import Grid
 from litefocus._layers import get_processor, self_attention_layers, set_processor
 from litefocus._processor import Installed, LiteFocusAttnProcessor, installed_on, ours_in, processor_over
 from litefocus._status import Status, status_of
 from litefocus._tango import restore_duration
-from litefocus._target import Plan, Target, plan, resolve, warn_of_known_problems
+from litefocus._target import Plan, Target, plan, probed, resolve, warn_of_known_problems
 from litefocus.config import ConfigOptions, LiteFocusConfig, shows_options
 from litefocus.focus import FreqAxis
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+_handles: weakref.WeakSet[Patch] = weakref.WeakSet()  # all that somebody still has
 _lock = threading.RLock()  # patches come and go one at a time, whichever threads they are made in
 
 
@@ -43,8 +44,9 @@ def patch(
     """Restrict the self-attention of a text-to-audio pipeline to focus sets, in place.
 
     The newest patch that was neither removed nor left is in force. One made outside of any `with` block replaces those
-    before it; one made inside of a block ends with it. Patches never stack. Where two pipelines, or two threads, share
-    one UNet, they share its patches: patch once at start-up, not per request, and run in as many threads as you like.
+    before it; one made inside of a block ends with it. Patches never stack. A handle can be entered until it is removed
+    or left, or `unpatch` is called: its block is under its own settings. Where two pipelines, or two threads, share one
+    UNet, they share its patches: patch once at start-up, not per request, and run in as many threads as you like.
 
     Args:
         pipe: an AudioLDM, AudioLDM 2 or MusicLDM pipeline of diffusers, a Tango, Tango 2, Mustango or ConsistencyTTA
@@ -82,11 +84,11 @@ def patch(
     warn_of_known_problems(pipe)
     unet = planned.target.unet
     with _lock:
-        if unet.__dict__.get("_litefocus_probe") is not None:
-            raise ValueError("litefocus.probe is measuring this UNet's dense attention; leave its block, then patch")
-        entry = Entry(planned, patches_of(unet) or Patches())
-        entry.patches.add(unet, Slot(entry))
-    return Patch(planned.target, entry)
+        entry = Entry(planned)
+        (patches_of(unet) or Patches()).add(unet, Slot(entry))
+        handle = Patch(planned.target, entry)
+        _handles.add(handle)
+    return handle
 
 
 def unpatch(pipe: Any) -> None:
@@ -112,11 +114,13 @@ def unpatch(pipe: Any) -> None:
     """
     target = resolve(pipe)
     with _lock:
+        for handle in list(_handles):
+            handle._entry.removed |= handle._unet() is target.unet
         patches = patches_of(target.unet)
         if patches is not None:
-            patches.unpatched = True
             patches.keep(target.unet, [])
         for module in target.unet.modules():  # brought back by something that had kept them, or installed by hand
+            take_off(module)
             processor = get_processor(module)
             if isinstance(processor, LiteFocusAttnProcessor) and processor.original is not None:
                 set_processor(module, processor.original)
@@ -127,11 +131,10 @@ def unpatch(pipe: Any) -> None:
 class Entry:
     """One patch of one UNet: its settings, and a grid for every layer by name."""
 
-    def __init__(self, planned: Plan, patches: Patches) -> None:
+    def __init__(self, planned: Plan) -> None:
         self.config = planned.config
         self.freq_bins, self.freq_axis = planned.freq_bins, planned.freq_axis
         self.grids: dict[str, Grid] = {grid.name: grid for grid in planned.grids}
-        self.patches = patches
         self.entered = self.removed = False
 
 
@@ -145,15 +148,20 @@ class Slot:
 
 
 class Patches:
-    """What is installed on one UNet, kept on it. `slots`: what is in place, the newest last, which is in force."""
+    """What is installed on one UNet, kept on it as long as there is anything.
+
+    slots: what is in place, the newest last, which is in force.
+    """
 
     def __init__(self) -> None:
         self.slots: list[Slot] = []
-        self.unpatched = False
         self.watch: Watch | None = None
+        self.watched = Watched()
 
     def add(self, unet: nn.Module, slot: Slot) -> None:
         """Put an entry in force, on every layer or on none. Outside of a block it replaces what no block is in."""
+        if probed(unet):
+            raise ValueError("litefocus.probe is measuring this UNet's dense attention; leave its block, then patch")
         layers = list(self_attention_layers(unet))
         changed: list[tuple[Any, Any]] = []
         try:
@@ -168,11 +176,13 @@ class Patches:
             raise
         before = {id(attn): processor for attn, processor in changed}
         for layer in layers:
-            if id(layer.attn) in before or installed_on(layer.attn) is None:
-                processor = before.get(id(layer.attn), get_processor(layer.attn))
-                layer.attn._litefocus = Installed(layer.name, processor)
-                if id(layer.attn) in before:
-                    layer.attn._litefocus.processor = get_processor(layer.attn)
+            installed, processor = installed_on(layer.attn), get_processor(layer.attn)
+            if id(layer.attn) in before:
+                layer.attn._litefocus = Installed(layer.name, before[id(layer.attn)], processor, self.watched)
+            elif installed is None:
+                layer.attn._litefocus = Installed(layer.name, processor, None, self.watched)
+            else:  # it may have been moved
+                installed.name = layer.name
         unet.__dict__["_litefocus_patches"] = self
         inside = [i for i, other in enumerate(self.slots) if other.in_block]
         kept = self.slots if slot.in_block else self.slots[: max(inside, default=-1) + 1]
@@ -195,23 +205,18 @@ class Patches:
         """Leave these in place, the last of them in force; without any, put everything back."""
         self.slots = slots
         entry = slots[-1].entry if slots else None
-        for attn in unet.modules():
-            installed = attn.__dict__.get("_litefocus")
-            if installed is None:
-                continue
-            installed.grid = None if entry is None else entry.grids.get(installed.name)
-            if entry is None:
-                del attn._litefocus
-                processor = get_processor(attn)
-                if isinstance(processor, LiteFocusAttnProcessor):
-                    # one that something brought back, or made anew, goes for what it stands for itself
-                    own = processor is not installed.processor and processor.original is not None
-                    set_processor(attn, processor.original if own else installed.before)
+        self.watched.grids, self.watched.finished = {} if entry is None else entry.grids, 0
+        for module in unet.modules():
+            installed = module.__dict__.get("_litefocus")
+            if installed is not None:
+                installed.watched = self.watched  # that of a layer which was copied into the UNet is a copy
+                if entry is None:
+                    take_off(module)
         if self.watch is not None:
             self.watch.remove()
             self.watch = None
         if entry is not None:
-            self.watch = Watch(unet, "patched", entry.freq_bins, entry.freq_axis)
+            self.watch = Watch(unet, self.watched, "patched", entry.freq_bins, entry.freq_axis)
         else:
             unet.__dict__.pop("_litefocus_patches", None)
 
@@ -225,6 +230,18 @@ class Patches:
             last += 1
         entry.removed = not places[:-1]
         self.keep(unet, self.slots[:first] + self.slots[last + 1 :])
+
+
+def take_off(attn: Any) -> None:
+    """Put back what was on a layer before it was patched; harmless on any other module."""
+    installed = attn.__dict__.pop("_litefocus", None)
+    if installed is None:
+        return
+    processor = get_processor(attn)
+    if isinstance(processor, LiteFocusAttnProcessor):
+        # one that something brought back, or made anew, goes for what it stands for itself
+        own = processor is not installed.processor and processor.original is not None
+        set_processor(attn, processor.original if own else installed.before)
 
 
 def patches_of(unet: nn.Module) -> Patches | None:
@@ -255,22 +272,22 @@ class Patch:
 
     def remove(self) -> None:
         """Take this patch off, wherever it stands; an older one that is still in place is then in force again."""
+        self._entry.removed = True
         unet = self._unet()
+        if unet is None:
+            return
         with _lock:
-            self._entry.removed = True
-            patches = self._entry.patches
-            if unet is not None and any(slot.entry is self._entry for slot in patches.slots):
+            patches = patches_of(unet)
+            if patches is not None and any(slot.entry is self._entry for slot in patches.slots):
                 patches.keep(unet, [slot for slot in patches.slots if slot.entry is not self._entry])
-                patches.unpatched = not patches.slots
 
     def __enter__(self) -> Patch:
         """Put this patch's own settings in force. Raises RuntimeError if it was taken off already."""
         unet, entry = self._unet(), self._entry
         with _lock:
-            patches = entry.patches
-            if unet is None or entry.removed or patches.unpatched:
+            if unet is None or entry.removed:
                 raise RuntimeError("this patch is no longer in place; patch again: with litefocus.patch(pipe): ...")
-            patches.enter(unet, entry)
+            (patches_of(unet) or Patches()).enter(unet, entry)
         return self
 
     def __exit__(
@@ -278,9 +295,12 @@ class Patch:
     ) -> None:
         """Restore what was in force before. A newer patch that another block is still inside of stays in force."""
         unet = self._unet()
+        if unet is None:
+            return
         with _lock:
-            if unet is not None:
-                self._entry.patches.leave(unet, self._entry)
+            patches = patches_of(unet)
+            if patches is not None:
+                patches.leave(unet, self._entry)
 
     def __reduce__(self) -> str:
         raise TypeError(

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from litefocus._call import Watch, running
+from litefocus._call import Watch, Watched
 from litefocus._grid import Grid, halved
 from litefocus._projection import attention_inputs
 from litefocus._table import as_html, as_text
-from litefocus._target import Plan, plan
+from litefocus._target import Plan, plan, probed
 from litefocus.config import ConfigOptions, LiteFocusConfig, shows_options
 from litefocus.focus import FreqAxis
 
@@ -148,8 +148,10 @@ class Probe:
         self._owner = type(planned.target.unet).__name__
         self._unet = weakref.ref(planned.target.unet)
         self._input = planned.freq_bins, planned.freq_axis
+        self._watched = Watched()
         self._measured = [
-            _Measured(layer.attn, grid) for layer, grid in zip(planned.layers, planned.grids, strict=True)
+            _Measured(layer.attn, grid, self._watched)
+            for layer, grid in zip(planned.layers, planned.grids, strict=True)
         ]
         self._hooks: list[RemovableHandle | Watch] = []
 
@@ -163,12 +165,12 @@ class Probe:
         unet = self._unet()
         if unet is None:
             raise RuntimeError("the UNet of this probe is gone; make another: with litefocus.probe(pipe): ...")
-        if "_litefocus_probe" in unet.__dict__:
+        if probed(unet):
             raise RuntimeError("a probe is measuring this UNet already; leave its block first")
         if "_litefocus_patches" in unet.__dict__:
             raise RuntimeError("the pipeline was patched after the probe was made; litefocus.unpatch(pipe) first")
-        unet.__dict__["_litefocus_probe"] = True
-        self._hooks = [Watch(unet, "probed", *self._input)]
+        unet.__dict__["_litefocus_probe"] = weakref.ref(unet)
+        self._hooks = [Watch(unet, self._watched, "probed", *self._input)]
         for layer in self._measured:
             attn = layer.attn()
             if attn is not None:
@@ -259,8 +261,8 @@ class Probe:
 class _Measured:
     """What one layer's attention has looked at so far."""
 
-    def __init__(self, attn: nn.Module, grid: Grid) -> None:
-        self.attn, self.grid = weakref.ref(attn), grid
+    def __init__(self, attn: nn.Module, grid: Grid, watched: Watched) -> None:
+        self.attn, self.grid, self.watched = weakref.ref(attn), grid, watched
         self.grids = {
             name: Grid(grid.name, grid.freq_bins, level=grid.level, config=config, freq_axis=grid.freq_axis)
             for name, config in settings_beside(grid.config).items()
@@ -295,6 +297,8 @@ class _Measured:
     @torch.no_grad()
     def measure(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at a call before it is made (a forward pre-hook). Cross-attention and masked calls are let pass."""
+        if self.attn() is not attn:  # but a copy
+            return
         # diffusers: hidden_states, encoder_hidden_states, attention_mask; the authors' code: x, context, mask
         states, *others = (*args, *kwargs.values())
         if "hidden_states" in kwargs:
@@ -304,7 +308,7 @@ class _Measured:
             return
         query, key, value = attention_inputs(attn, states)
         tokens = query.shape[2]
-        frames = self.grid.num_frames(tokens, running.get())
+        frames = self.grid.num_frames(tokens, self.watched.lengths)
         if frames is None:  # merged tokens: they lie on no grid
             return
         chosen = self._choose(tokens).to(query.device)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import operator
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from litefocus._call import Watched
 from litefocus._grid import Grid, focus_set_for
 from litefocus._projection import attention_inputs
 from litefocus.attention import focus_attention
@@ -19,15 +21,21 @@ class Installed:
     """What is patched on one layer. It is kept on the layer itself, whichever processor objects others may put there.
 
     name: of the layer. before: what was there, to be put back. original: the processor that other calls are handed to.
-    processor: what was installed, None where one of ours was there already. grid: under the patch in force.
+    processor: what was installed, None where one of ours was there already. watched: of the UNet.
     """
 
-    def __init__(self, name: str, before: Any) -> None:
-        self.name, self.before = name, before
+    def __init__(self, name: str, before: Any, processor: LiteFocusAttnProcessor | None, watched: Watched) -> None:
+        self.name, self.before, self.processor, self.watched = name, before, processor, watched
         inside = ours_in(before)
         self.original = before if inside is None else inside.original
-        self.processor: LiteFocusAttnProcessor | None = None
-        self.grid: Grid | None = None
+
+    @property
+    def grid(self) -> Grid | None:
+        """The layer's grid under the patch in force, in a call that which was when it began; None where there is none."""
+        grids = self.watched.grids
+        if grids and not torch.compiler.is_compiling() and self.watched.call is not None:
+            grids = self.watched.call.grids
+        return grids.get(self.name)
 
 
 def installed_on(attn: Any) -> Installed | None:
@@ -107,9 +115,9 @@ class LiteFocusAttnProcessor:
         if grid is not None and encoder_hidden_states is None and attention_mask is None:
             # which grid? operator.index: a plain int under torch.compile's dynamic shapes too, as the index needs one
             tokens = hidden_states.shape[1] if hidden_states.ndim == 3 else hidden_states.shape[2:].numel()
-            focus = focus_set_for(
-                grid, operator.index(tokens), hidden_states.device, installed is not None, torch.compiler.is_compiling()
-            )
+            watched = None if installed is None else installed.watched
+            traced = torch.compiler.is_compiling()
+            focus = focus_set_for(grid, operator.index(tokens), hidden_states.device, watched, traced)
         if focus is None:
             original = self.original
             if original is None and installed is not None:
@@ -140,11 +148,8 @@ class _WithWeights(LiteFocusAttnProcessor, nn.Module):
         # as a plain attribute: assigned, it would become a module below itself
         self.__dict__.update(original=original, grid=None)
         if original is not None:
-            self._parameters, self._buffers, self._modules = (
-                original._parameters,
-                original._buffers,
-                original._modules,
-            )
+            for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"):
+                self.__dict__[name] = original.__dict__[name]
 
     def train(self, mode: bool = True) -> _WithWeights:
         """Set the mode of the original too."""
@@ -194,6 +199,8 @@ def ours_in(thing: Any) -> LiteFocusAttnProcessor | None:
         thing = queue.pop(0)
         if isinstance(thing, LiteFocusAttnProcessor):
             return thing
+        if isinstance(thing, MethodType):  # of one of the authors' layers
+            queue.append(getattr(thing.__self__, "_litefocus_processor", None))
         plain = isinstance(thing, (Tensor, str, bytes, int, float, type, type(None)))
         if plain or id(thing) in seen or hasattr(thing, "to_q") or hasattr(thing, "down_blocks"):
             continue

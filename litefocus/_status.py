@@ -198,7 +198,8 @@ def _row(layer: Layer, target: Target, num_frames: int | None) -> LayerStatus:
     if grid is not None:
         freq_bins = grid.freq_bins
         wrapped = not isinstance(processor, LiteFocusAttnProcessor)
-        if wrapped and ours_in(processor) is None:
+        passed_over = installed is not None and grid.reached < installed.watched.finished
+        if wrapped and (passed_over or ours_in(processor) is None):
             state = f"overwritten by {type(processor).__name__}"
         else:
             kept = grid.keys_kept(frames or LONG_CLIP)

@@ -19,6 +19,8 @@ ACCEPTED = (
     "an AudioLDM, AudioLDM 2, MusicLDM, Tango, Mustango or ConsistencyTTA pipeline, a LatentDiffusion of the original "
     "AudioLDM code, or the 2-D UNet of such a model (compiled or wrapped for distributed training or not)"
 )
+# children of a UNet, of diffusers and of the authors
+UNET_PARTS = {"conv_in", "input_blocks"}
 # where a model keeps its UNet, tried in this order
 UNET_PATHS = ("", "unet", "student_unet", "model.unet", "model.student_unet", "model.diffusion_model")
 
@@ -66,7 +68,9 @@ def resolve(pipe: Any) -> Target:
         if candidate is None:
             continue
         if isinstance(candidate, nn.Module) and (_is_diffusers_unet(candidate) or _compvis.is_unet(candidate)):
-            return Target(type(pipe).__name__, candidate, latent_geometry(pipe))
+            # adapters pass on the attributes of the UNet that they hold
+            holders = (part for part in candidate.modules() if not UNET_PARTS.isdisjoint(part._modules))
+            return Target(type(pipe).__name__, next(holders, candidate), latent_geometry(pipe))
         seen.append((path, candidate))
     raise TypeError(_why_not(pipe, seen))
 
@@ -103,6 +107,12 @@ def plan(
         for layer in layers
     )
     return Plan(target, config, bins, freq_axis, layers, grids)
+
+
+def probed(unet: nn.Module) -> bool:
+    """Whether a block of `probe` measures this UNet, not one that it was copied from."""
+    measuring = unet.__dict__.get("_litefocus_probe")
+    return measuring is not None and measuring() is unet
 
 
 def warn_of_known_problems(pipe: Any) -> None:

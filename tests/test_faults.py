@@ -195,6 +195,24 @@ def test_a_block_has_its_own_settings_and_then_those_before_are_in_force() -> No
     assert_off(unet)
 
 
+def test_a_block_of_an_old_handle_leaves_what_was_patched_meanwhile() -> None:
+    unet = small_unet()
+    old = patch(unet, 1)
+    patch(unet, 2).remove()
+    assert_off(unet)
+    with old:
+        assert_same(run(unet), focus(1))
+    old = patch(unet, 1)
+    patch(unet, 2).remove()
+    patch(unet, 3)
+    with old:
+        assert_same(run(unet), focus(1))
+    assert_same(run(unet), focus(3))
+    litefocus.unpatch(unet)
+    assert_off(unet)
+    assert not leftovers(unet)
+
+
 # --- 2. requests in threads: blocks that overlap
 
 
@@ -280,6 +298,30 @@ def move_a_layer_out(unet: Any) -> Callable[[], Any]:
 
 
 BRING_BACK = [fuse, save, copy_processors, pickle_processors, save_in_a_block, move_a_block_out, move_a_layer_out]
+
+
+@pytest.mark.parametrize("take_off", ["remove", "unpatch", "leave"])
+@pytest.mark.parametrize("keep", BRING_BACK)
+def test_a_removed_patch_does_not_come_back(keep: Callable[[Any], Callable[[], Any]], take_off: str) -> None:
+    unet = small_unet()
+    handle = patch(unet)
+    if take_off == "leave":
+        handle.__enter__()
+    bring_back = keep(unet)
+    if take_off == "leave":
+        handle.__exit__(None, None, None)
+    elif take_off == "remove":
+        handle.remove()
+    else:
+        litefocus.unpatch(unet)
+    bring_back()
+    assert_off(unet)
+    patch(unet, 2)  # and does not stand in the way of another
+    assert_same(run(unet), focus(2))
+    litefocus.unpatch(unet)
+    assert_off(unet)
+    assert not any(isinstance(processor, LiteFocusAttnProcessor) for processor in unet.attn_processors.values())
+    assert not leftovers(unet)
 
 
 @pytest.mark.parametrize("how", [lambda p: p, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
@@ -436,6 +478,21 @@ def test_made_anew_inside_of_a_wrapper(options: dict[str, int]) -> None:
     assert_off(unet, 2)
 
 
+def test_what_remembers_a_processor_without_calling_it_is_no_wrapper() -> None:
+    """As attention controllers do, to put back later what they have overwritten."""
+
+    class Controller(AttnProcessor2_0):
+        def __init__(self, before: Any) -> None:
+            self.before = before
+
+    unet = small_unet()
+    patch(unet, 1)
+    wrap(unet, Controller)
+    assert_same(run(unet), dense())
+    (row,) = litefocus.status(unet).layers
+    assert not row.state.startswith("focus")
+
+
 # --- 5. grids that are not those of the patch
 
 
@@ -463,6 +520,34 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    ("compiler", "order"),
+    [
+        (None, (merge_tokens, patch)),
+        (None, (patch, merge_tokens)),
+        (compiled, (merge_tokens, patch)),
+        (compiled_in_place, (patch, merge_tokens)),
+    ],
+    ids=["merged first", "patched first", "compiled, merged first", "compiled in place, patched first"],
+)
+def test_merged_tokens_are_no_grid(
+    compiler: Callable[[Any], Any] | None, order: tuple[Callable[[Any], Any], ...]
+) -> None:
+    """They stay dense: the output is that of merging alone."""
+    unet = small_unet()
+    merge_tokens(unet)
+    expected = run_merged(unet)
+    assert (expected - dense()).abs().max() > APART
+    unet = small_unet()
+    for change in order:
+        change(unet)
+    assert_same(run_merged(unet if compiler is None else compiler(unet)), expected)
+    (row,) = litefocus.status(unet).layers
+    assert row.state == f"dense: {FRAMES * BINS // 2} tokens are not its grid of {FRAMES} frames x {BINS} bins"
 
 
 @pytest.mark.parametrize("merged_first", [True, False])
@@ -587,6 +672,18 @@ def test_a_layer_that_is_called_after_a_call_ended_early_has_its_own_grid(end: C
     assert layer.processor.grid.mismatch is None
 
 
+@EARLY
+def test_gradients_after_a_call_that_ended_early(end: Callable[[Any], Any]) -> None:
+    """Checkpointed layers run once more in the backward pass: on the first sample, not on that of a call long gone."""
+    unet, expected = small_unet(), small_unet()
+    for each in (unet, expected):
+        patch(each)
+    unet.enable_gradient_checkpointing()
+    run_to_its_middle(unet, end)
+    patch(unet)
+    assert_same_gradients(unet, expected)
+
+
 def assert_same_gradients(unet: Any, expected: Any) -> None:
     for each in (unet, expected):
         each.train()
@@ -695,6 +792,23 @@ def trained_unet() -> UNet2DConditionModel:
 
 
 ON_ONE_LEVEL = {"min_freq_bins": 16}  # the level of 8 bins goes through its own processors, patched or not
+
+
+def test_weights_of_processors_stay_where_they_are() -> None:
+    unet = trained_unet()
+    before = {name: id(value) for name, value in unet.state_dict(keep_vars=True).items()}
+    parameters = {name: id(value) for name, value in unet.named_parameters()}
+    modes = {name: module.training for name, module in unet.named_modules()}
+    expected, originals = run(unet), unet.attn_processors
+    with patch(unet, **ON_ONE_LEVEL):
+        assert {name: id(value) for name, value in unet.state_dict(keep_vars=True).items()} == before
+        assert {name: id(value) for name, value in unet.named_parameters()} == parameters
+        assert {name: module.training for name, module in unet.named_modules()} == modes
+        trained_unet().load_state_dict(unet.state_dict())
+        unet.load_state_dict(trained_unet().state_dict())
+        assert not torch.equal(run(unet), expected)
+    assert torch.equal(run(unet), expected)
+    assert all(map(operator.is_, unet.attn_processors.values(), originals.values()))
 
 
 def test_weights_of_processors_move_and_change_mode_with_the_unet() -> None:
@@ -847,6 +961,17 @@ def test_where_gradients_are_recorded_the_first_sample_serves() -> None:
     assert_same(step(unet).detach(), run_without_rotation(2))
 
 
+@pytest.mark.parametrize(
+    "checkpoint", [checkpoint_blocks, checkpoint_attention, lambda unet: unet.enable_gradient_checkpointing()]
+)
+def test_checkpointed_gradients_are_those_without(checkpoint: Callable[[Any], None]) -> None:
+    expected, unet = small_unet(2), small_unet(2)
+    checkpoint(unet)
+    for each in (expected, unet):
+        patch(each)
+    assert_same_gradients(unet, expected)
+
+
 def test_checkpointed_gradients_of_merged_tokens() -> None:
     """Run again in the backward pass, outside of the UNet's call, merged tokens are no grid either."""
     expected, unet = small_unet(), small_unet()
@@ -925,6 +1050,22 @@ def test_a_replica_of_the_authors_unet_computes_on_its_own_weights(whole: bool) 
     torch.testing.assert_close(run_authors(replica), expected)
     assert (expected - before).abs().max() > APART
     assert torch.equal(run_authors(unet), before)
+
+
+@pytest.mark.parametrize("how", [copy.copy, lambda layer: replicate(layer, scaled)], ids=["copy", "replica"])
+def test_a_copy_of_one_of_the_authors_layers_computes_on_its_own_weights(how: Callable[[Any], Any]) -> None:
+    unet = authors_unet()
+    litefocus.patch(unet, freq_bins=BINS, **FEW)
+    layer = next(module for module in unet.modules() if type(module).__name__ == "CrossAttention")
+    states = torch.randn(1, FRAMES * BINS, layer.to_q.in_features, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        before = layer(states)
+        other = how(layer)
+        other._modules = dict(other._modules)
+        other._modules["to_v"] = nn.Linear(layer.to_v.in_features, layer.to_v.out_features, bias=False)
+        other._modules["to_v"].weight.zero_()
+        assert (other(states) - layer.to_out[0].bias * (1.3 if how is not copy.copy else 1)).abs().max() < 1e-5
+        assert torch.equal(layer(states), before)
 
 
 def test_copies_of_the_authors_unet_compute_on_their_own_weights() -> None:
@@ -1105,6 +1246,21 @@ def test_both_refuse_another_grid_in_their_own_words(function: Callable[..., Any
     assert torch.equal(run(unet), dense())
 
 
+def test_nothing_is_patched_in_a_block_that_measures() -> None:
+    unet = small_unet()
+    old = patch(unet, 1)
+    patch(unet, 2).remove()
+    with litefocus.probe(unet, freq_bins=BINS) as probe:
+        run(unet)
+        with pytest.raises(ValueError, match=r"litefocus.probe is measuring"):
+            patch(unet)
+        with pytest.raises(ValueError, match=r"litefocus.probe is measuring"), old:
+            pass
+        assert torch.equal(run(unet), dense())
+    assert probe.layers[0].calls == 2
+    assert not leftovers(unet)
+
+
 def test_one_block_measures_at_a_time() -> None:
     unet = small_unet()
     first = litefocus.probe(unet, freq_bins=BINS)
@@ -1131,6 +1287,19 @@ def test_what_is_patched_is_not_measured() -> None:
     with probe:
         run(unet)
     assert probe.layers[0].calls == 1
+
+
+def test_a_copy_made_in_a_block_that_measures_is_free() -> None:
+    unet = small_unet()
+    with litefocus.probe(unet, freq_bins=BINS) as probe:
+        other = copy.deepcopy(unet)
+        run(other)
+        run(unet)
+    assert probe.layers[0].calls == 1
+    patch(other)
+    assert_same(run(other), focus())
+    litefocus.unpatch(other)
+    assert_off(other)
 
 
 # --- 13. UNets that are wrapped for distributed training
@@ -1211,6 +1380,23 @@ def test_a_wrapped_unet_is_patched_like_another(wrapper: Callable[[Any], Any]) -
     litefocus.unpatch(pipe)
     assert litefocus.status(wrapped).config is None
     assert_same(step(wrapped).detach(), dense())
+
+
+def test_an_adapted_unet_has_one_set_of_patches() -> None:
+    """peft's models pass on the attributes of what they wrap."""
+    from peft import LoraConfig, get_peft_model
+
+    unet = small_unet()
+    adapted = get_peft_model(unet, LoraConfig(r=2, target_modules=["to_q"]))
+    for one, other in ((adapted, unet), (unet, adapted)):
+        patch(one)
+        assert_same(run(adapted), focus())
+        assert_same(run(unet), focus())
+        assert litefocus.status(other).layers[0].state == "focus"
+        litefocus.unpatch(other)
+        assert_off(one)
+        assert_off(other)
+        assert run(one, latent(bins=8)).shape[3] == 8
 
 
 # --- 14. what diffusers refuses, and what stands beside the UNet

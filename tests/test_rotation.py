@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import litefocus
 from litefocus import FocusSet, LiteFocusConfig, focus_attention, focus_set
-from litefocus._call import Call, _hash, draw_of, running
+from litefocus._call import _hash, draw_of
 from litefocus._grid import DRAWS, Grid
 
 CONFIG = LiteFocusConfig(min_sampled=2, sparse_ratio=0.05)  # few keys, so that two samples differ by much
@@ -263,9 +263,9 @@ def test_a_failing_call_leaves_no_step_behind(used: list[FocusSet]) -> None:
     with pytest.raises(ZeroDivisionError):
         run(unet, timestep_of(2))
     hook.remove()
-    assert running.get() == ()
-    layer(torch.zeros(1, 60 * BINS, 8))  # another length than that of the call that failed
-    assert torch.equal(used[-1].keys, focus_set(60, BINS, CONFIG, layer=first_name(unet)).keys)
+    assert layer._litefocus.watched.call is None
+    layer(torch.zeros(1, FRAMES * BINS, 8))
+    assert torch.equal(used[-1].keys, focus_set(FRAMES, BINS, CONFIG, layer=first_name(unet)).keys)
 
 
 @pytest.mark.parametrize("name", ["AudioLDM", "AudioLDM 2"])
@@ -355,11 +355,12 @@ def test_a_layer_whose_draw_is_a_tensor_computes_the_same(used: list[FocusSet]) 
     states = torch.randn(2, FRAMES * BINS, 8)
 
     def output(draw: Any) -> Tensor:
-        token = running.set((Call(num_frames=FRAMES, draw=draw, unet=0),))
+        watched = layer._litefocus.watched
+        watched.begin(FRAMES, draw)
         try:
             return layer(states)
         finally:
-            running.reset(token)
+            watched.end(finished=True)
 
     for draw in range(DRAWS):
         with NoReading():

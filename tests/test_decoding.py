@@ -1,0 +1,638 @@
+"""tile_decoding: VAE and vocoder in tiles of time, against the whole clip at once."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+import types
+import weakref
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+from diffusers import AudioLDM2Pipeline
+from diffusers.models.autoencoders.vae import DecoderOutput
+from support.authors import authors
+from support.memory import PeakMemory
+from support.pipelines import BUILDERS, build, generate
+from torch import Tensor, nn
+from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
+
+import litefocus
+from litefocus._decoding import Tiles, decoding_bytes, tiling_of, untile
+
+EMBEDDED = Path(__file__).parents[1] / "examples" / "embedded" / "pipeline"
+SECONDS = 2.56  # of a tile, in most of these tests: 64 latent frames
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Any:
+    pipe = AudioLDM2Pipeline.from_pretrained(EMBEDDED)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def clips(embedded: Any) -> Tensor:
+    """Two clips of 7.68 s as the VAE gets them, (2, 8, 192, 16): beats, and a tone."""
+    latents = embedded(
+        ["a fast tabla rhythm", "a slow bell"],
+        audio_length_in_s=7.68,
+        num_inference_steps=4,
+        guidance_scale=5.0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).audios
+    return latents / embedded.vae.config.scaling_factor
+
+
+@pytest.fixture
+def pipe(embedded: Any) -> Any:
+    """Trained VAE and vocoder, untiled before and after."""
+    untile(embedded)
+    yield embedded
+    untile(embedded)
+
+
+@pytest.fixture
+def small() -> Any:
+    return build("AudioLDM 2")
+
+
+@pytest.fixture
+def latents() -> Tensor:
+    return torch.randn(1, 8, 100, 16, generator=torch.Generator().manual_seed(2))
+
+
+@torch.inference_mode()
+def decoded(pipe: Any, latents: Tensor) -> Tensor:
+    """Log-mel spectrograms (batch, 1, frames, bins)."""
+    return pipe.vae.decode(latents).sample
+
+
+@torch.inference_mode()
+def voiced(pipe: Any, mels: Tensor) -> Tensor:
+    """Waveforms (batch, samples)."""
+    return pipe.vocoder(mels[:, 0])
+
+
+def seams(frames: int, tiles: int) -> Tensor:
+    return torch.tensor([frames * i // tiles for i in range(1, tiles)])
+
+
+# --- what it changes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("seconds", "count"), [(3.84, 2), (2.56, 3)])
+def test_mels_are_those_of_the_whole_clip_without_a_step_at_the_seams(pipe, clips, seconds, count) -> None:
+    whole = decoded(pipe, clips)
+    with litefocus.tile_decoding(pipe, seconds=seconds):
+        mels = decoded(pipe, clips)
+    error = (mels - whole).abs()
+    assert 0 < error.mean(dim=(1, 2, 3)).max() < 0.02  # nats
+    at = 4 * seams(192, count)
+    assert error[:, :, torch.cat([at - 1, at])].mean() < 0.02
+    step, own = ((x[:, :, at] - x[:, :, at - 1]).abs().mean(dim=(1, 2, 3)) for x in (mels, whole))
+    assert (step < 1.03 * own).all()
+
+
+def test_mels_are_nearer_to_the_whole_clip_than_those_of_the_vaes_own_tiling(pipe, clips) -> None:
+    """Which cuts the bins too, in tiles of 5.12 s here."""
+    whole = decoded(pipe, clips)
+    with litefocus.tile_decoding(pipe, seconds=5.12):
+        error = (decoded(pipe, clips) - whole).abs().mean()
+    pipe.vae.enable_tiling()
+    try:
+        assert error < (decoded(pipe, clips) - whole).abs().mean() / 2
+    finally:
+        pipe.vae.disable_tiling()
+
+
+def test_no_click_in_the_waveform_at_the_seams(pipe, clips) -> None:
+    whole = voiced(pipe, decoded(pipe, clips))
+    litefocus.tile_decoding(pipe, seconds=SECONDS)
+    waves = voiced(pipe, decoded(pipe, clips))
+    for at in 160 * 4 * seams(192, 3):
+        step, own = (x[:, at - 160 : at + 160].diff().abs().amax(dim=1) for x in (waves, whole))
+        assert (step < 1.1 * own + 1e-3).all()
+
+
+@pytest.mark.parametrize("tokens", [False, True], ids=["(frames, bins)", "tokens"])
+def test_a_group_norm_is_that_of_the_whole_clip(tokens: bool) -> None:
+    """Exactly so for the first one, whose input is the clip's: a loud beginning changes how the end is normalised."""
+
+    class VAE(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = types.SimpleNamespace(block_out_channels=(1,))
+            self.norm = nn.GroupNorm(2, 8, eps=1e-6)
+
+        def decode(self, z: Tensor) -> Tensor:
+            return self.norm(z.flatten(2)).view_as(z) if tokens else self.norm(z)
+
+    torch.manual_seed(0)
+    vae = VAE()
+    nn.init.normal_(vae.norm.weight)
+    nn.init.normal_(vae.norm.bias)
+    x = 3 + torch.randn(2, 8, 1001, 4) * torch.linspace(5, 0.1, 1001)[:, None]
+    whole = vae.decode(x)
+    with litefocus.tile_decoding(holder(speecht5(), vae), seconds=2, overlap=0.3):
+        torch.testing.assert_close(vae.decode(x), whole, atol=1e-5, rtol=1e-5)
+
+
+def speecht5(**settings: Any) -> SpeechT5HifiGan:
+    """The published vocoder's kernels and rates, at a fraction of its width."""
+    torch.manual_seed(0)
+    config: dict[str, Any] = {
+        "model_in_dim": 64,
+        "upsample_initial_channel": 32,
+        "upsample_rates": (5, 4, 2, 2, 2),
+        "upsample_kernel_sizes": (16, 16, 8, 4, 4),
+    }
+    return SpeechT5HifiGan(SpeechT5HifiGanConfig(**{**config, **settings})).eval()
+
+
+def generator(package: str, kind: str, **settings: Any) -> nn.Module:
+    """A vocoder of the authors' packages."""
+    hifigan = authors(package, "hifigan")
+    torch.manual_seed(0)
+    config = {
+        "resblock": "1",
+        "upsample_rates": [5, 4, 2, 2, 2],
+        "upsample_kernel_sizes": [16, 16, 8, 4, 4],
+        "upsample_initial_channel": 32,
+        "resblock_kernel_sizes": [3, 7, 11],
+        "resblock_dilation_sizes": [[1, 3, 5]] * 3,
+        "num_mels": 64,
+        "sampling_rate": 16000,
+    }
+    made: nn.Module = getattr(hifigan, kind)(hifigan.AttrDict(config | settings)).eval()
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return made
+
+
+AT_48K = {"upsample_rates": [6, 5, 4, 2, 2], "upsample_kernel_sizes": [12, 10, 8, 4, 4], "num_mels": 256}
+VOCODERS = {
+    "transformers": speecht5,
+    "embedded": lambda: SpeechT5HifiGan.from_pretrained(EMBEDDED / "vocoder").eval(),
+    "audioldm": lambda: generator("audioldm", "Generator"),
+    "audioldm2": lambda: generator("audioldm2", "Generator_old"),
+    "audioldm2, 48 kHz": lambda: generator("audioldm2", "Generator_old", sampling_rate=48000, **AT_48K),
+    "audioldm2, second": lambda: generator("audioldm2", "Generator", sampling_rate=48000, **AT_48K),
+}
+pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+
+
+@pytest.fixture(params=VOCODERS)
+def vocoder(request: pytest.FixtureRequest) -> nn.Module:
+    return VOCODERS[request.param]()
+
+
+def holder(vocoder: nn.Module, vae: nn.Module | None = None) -> Any:
+    return types.SimpleNamespace(vae=vae or build("AudioLDM").vae, vocoder=vocoder)
+
+
+def mels_for(vocoder: nn.Module, frames: int) -> Tensor:
+    mels = torch.randn(1, frames, vocoder.conv_pre.in_channels, generator=torch.Generator().manual_seed(1))
+    return mels if isinstance(vocoder, SpeechT5HifiGan) else mels.mT
+
+
+def test_the_reach_is_what_a_sample_depends_on(vocoder: nn.Module) -> None:
+    """Measured by gradients: which frames a sample in the middle of a clip, or one beside it, changes with."""
+    pipe = holder(vocoder)
+    litefocus.tile_decoding(pipe)
+    part = vars(vocoder)["_litefocus_tiles"]
+    untile(pipe)
+    x = mels_for(vocoder, 101).double().requires_grad_()
+    samples = vocoder.double()(x).flatten()[part.hop * 50 : part.hop * 51]
+    samples.sum().backward()
+    axis = 1 if isinstance(vocoder, SpeechT5HifiGan) else 2
+    seen = x.grad.abs().sum(dim=3 - axis)[0].nonzero().flatten()
+    measured = max(50 - int(seen.min()), int(seen.max()) - 50)
+    assert measured <= part.reach <= measured + 4
+
+
+@pytest.mark.parametrize("frames", [150, 301])
+def test_a_vocoder_in_tiles_differs_by_rounding_alone(vocoder: nn.Module, frames: int) -> None:
+    """No bit more: convolutions are computed by other kernels for other lengths, which sum in another order."""
+    pipe, mels = holder(vocoder), mels_for(vocoder, frames)
+    for dtype, rounding in ((torch.float64, 1e-14), (torch.float32, 1e-5)):
+        vocoder.to(dtype)
+        with torch.inference_mode():
+            whole = vocoder(mels.to(dtype))
+            with litefocus.tile_decoding(pipe, seconds=0.8, overlap=0):
+                tiled = vocoder(mels.to(dtype))
+        torch.testing.assert_close(tiled, whole, atol=rounding * float(whole.abs().max()), rtol=0)
+
+
+def test_an_unbatched_spectrogram() -> None:
+    pipe = holder(speecht5())
+    mels = mels_for(pipe.vocoder, 300)[0]
+    with torch.inference_mode():
+        whole = pipe.vocoder(mels)
+        litefocus.tile_decoding(pipe, seconds=1, overlap=0)
+        torch.testing.assert_close(pipe.vocoder(mels), whole, atol=1e-6, rtol=0)
+        assert whole.shape == (48032,)
+
+
+class Recorder:
+    """Counts the calls of a method of one module, and how many frames (axis -2) went in."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.original, self.frames = getattr(module, name), []
+        setattr(module, name, self)
+
+    def __call__(self, x: Tensor, **kwargs: Any) -> Any:
+        self.frames.append(x.shape[-2])
+        return self.original(x, **kwargs)
+
+
+def test_clips_of_one_tile_pass_through(pipe, clips) -> None:
+    one = clips[:, :, :64]
+    whole = decoded(pipe, one), voiced(pipe, decoded(pipe, one))
+    litefocus.tile_decoding(pipe, seconds=2.56)
+    mels = decoded(pipe, one)
+    assert torch.equal(mels, whole[0])
+    assert torch.equal(voiced(pipe, mels), whole[1])
+
+
+@pytest.mark.parametrize("frames", [64, 65], ids=["one tile", "two tiles"])
+def test_what_comes_back_is_of_the_same_type(pipe, clips, frames) -> None:
+    x = clips[:1, :, :frames]
+    litefocus.tile_decoding(pipe, seconds=2.56)
+    with torch.inference_mode():
+        mels = pipe.vae.decode(x, return_dict=True, generator=None)
+        assert type(mels) is DecoderOutput
+        (as_tuple,) = pipe.vae.decode(x, return_dict=False)
+        assert torch.equal(mels.sample, as_tuple)
+        assert torch.equal(mels.sample, pipe.vae.decode(z=x).sample)
+        waves = pipe.vocoder(mels.sample[:, 0])
+        assert torch.equal(waves, pipe.vocoder(spectrogram=mels.sample[:, 0]))
+    assert mels.sample.shape == (1, 1, 4 * frames, 64)
+    assert waves.shape == (1, 640 * frames + 32)  # its first layer adds one frame of five samples
+    with pytest.raises(TypeError):
+        pipe.vae.decode()
+
+
+def test_batches(small, latents) -> None:
+    """Every clip by itself: with its own norms, and in the memory of one."""
+    litefocus.tile_decoding(small, seconds=1, overlap=0.2)
+    batch = torch.cat([latents, 3 * latents.flip(2)])
+    alone = torch.cat([decoded(small, one) for one in batch.split(1)])
+    recorder = Recorder(small.vae.decoder, "forward")
+    torch.testing.assert_close(decoded(small, batch), alone, atol=1e-5, rtol=0)
+    assert recorder.frames == [25 + 2 * 5] * 2 * 4 * 2  # windows of one length: twice every tile of every clip
+    assert torch.equal(voiced(small, alone), torch.cat([voiced(small, one) for one in alone.split(1)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(small, latents, dtype) -> None:
+    whole = decoded(small, latents)
+    with litefocus.tile_decoding(small, seconds=1, overlap=0.2):
+        tiled = decoded(small, latents)
+    small.vae.to(dtype), small.vocoder.to(dtype)
+    error = (decoded(small, latents.to(dtype)) - whole).abs().mean()
+    with litefocus.tile_decoding(small, seconds=1, overlap=0.2):
+        mels = decoded(small, latents.to(dtype))
+        waves = voiced(small, mels)
+    assert mels.dtype == waves.dtype == dtype
+    assert (mels - tiled).abs().mean() < 1.5 * error
+    torch.testing.assert_close(waves, voiced(small, mels), atol=1e-2 * float(waves.abs().max()), rtol=0)
+
+
+def test_gradients_are_those_of_the_whole_clip(small, latents) -> None:
+    def gradient() -> Tensor:
+        x = latents.clone().requires_grad_()
+        mels = small.vae.decode(x).sample
+        return torch.autograd.grad(small.vocoder(mels[:, 0]).square().mean(), x)[0]
+
+    whole = gradient()
+    litefocus.tile_decoding(small, seconds=1, overlap=0.2)
+    assert torch.equal(gradient(), whole)
+
+
+def test_memory_is_that_of_one_tile(pipe, clips) -> None:
+    latents, peaks = clips[:1], {}
+    for name, frames in (("4 s", 96), ("8 s", 192)):
+        for tiles in (None, Tiles(1.28, 0.32)):
+            if tiles:
+                litefocus.tile_decoding(pipe, tiles.seconds, tiles.overlap)
+            with PeakMemory() as vae:
+                mels = decoded(pipe, latents[:, :, :frames])
+            with PeakMemory() as vocoder:
+                voiced(pipe, mels)
+            untile(pipe)
+            peaks[name, tiles is None] = peak = max(vae.peak, vocoder.peak)
+            assert decoding_bytes(pipe, frames / 25, tiles) == pytest.approx(peak, rel=0.15)
+    assert peaks["8 s", True] > 1.9 * peaks["4 s", True]
+    assert peaks["8 s", False] < 1.1 * peaks["4 s", False]
+    assert decoding_bytes(pipe, 2.0, Tiles(2.56, 0.64)) == decoding_bytes(pipe, 2.0)
+    assert decoding_bytes(types.SimpleNamespace(unet=None), 10.0) is None
+
+
+# --- whole pipelines -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_pipelines(name: str) -> None:
+    pipe = build(name)
+    nn.init.zeros_(pipe.vae.decoder.mid_block.attentions[0].to_out[0].weight)  # it sees one tile, and is untrained
+    whole = generate(pipe, 3.3, steps=1)
+    handle = litefocus.tile_decoding(pipe, seconds=1, overlap=0.25)
+    short, tiled = generate(pipe, 0.96, steps=1), generate(pipe, 3.3, steps=1)
+    assert tiled.shape == whole.shape
+    assert tiled.dtype == whole.dtype
+    assert 0 < np.abs(tiled - whole).mean() < 0.03 * np.abs(whole).mean()
+    handle.remove()
+    assert np.array_equal(generate(pipe, 3.3, steps=1), whole)
+    assert np.array_equal(generate(pipe, 0.96, steps=1), short)
+
+
+@pytest.mark.parametrize("first", ["offload", "tiles"])
+def test_offload_hooks_run_for_every_tile_at_every_call(first: str, monkeypatch) -> None:
+    """The pipeline takes its hooks off and puts them on again before it decodes."""
+    pipe = build("AudioLDM 2")
+    litefocus.tile_decoding(pipe, seconds=1, overlap=0.2)
+    expected = generate(pipe, 3.3, steps=1)
+    untile(pipe)
+    hooked = []
+    hook = accelerate.hooks.CpuOffload.pre_forward
+    monkeypatch.setattr(
+        accelerate.hooks.CpuOffload,
+        "pre_forward",
+        lambda self, module, *args, **kwargs: hooked.append(module) or hook(self, module, *args, **kwargs),
+    )
+    if first == "offload":
+        pipe.enable_model_cpu_offload(device="cpu")
+    litefocus.tile_decoding(pipe, seconds=1, overlap=0.2)
+    if first == "tiles":
+        pipe.enable_model_cpu_offload(device="cpu")
+    for _ in range(2):
+        hooked.clear()
+        assert np.array_equal(generate(pipe, 3.3, steps=1), expected)
+        assert (hooked.count(pipe.vae), hooked.count(pipe.vocoder)) == (2 * 4, 4)
+    assert tiling_of(pipe) is not None
+
+
+def test_weights_that_move_to_another_type_and_back(small, latents) -> None:
+    litefocus.tile_decoding(small, seconds=1, overlap=0.2)
+    expected = decoded(small, latents)
+    small.vae.to(torch.float64)
+    torch.testing.assert_close(decoded(small, latents.double()), expected.double(), atol=1e-4, rtol=0)
+    small.vae.to(torch.float32)
+    assert torch.equal(decoded(small, latents), expected)
+
+
+def test_threads_share_the_tiles(small, latents) -> None:
+    litefocus.tile_decoding(small, seconds=0.4, overlap=0.08)
+    clips = [latents, 3 * latents.flip(2)]
+    expected = [decoded(small, clip) for clip in clips]
+    got: dict[int, Tensor] = {}
+
+    def work(i: int) -> None:
+        got[i] = decoded(small, clips[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(got[i], expected[i]) for i in range(2))
+
+
+# --- Tango, and the authors' code ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def authors_vae(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """AudioLDM's own VAE with its vocoder, which Tango has too, with attention in the middle block; small widths."""
+    utilities = authors("audioldm", "hifigan.utilities")
+    monkeypatch.setitem(utilities.HIFIGAN_16K_64, "upsample_initial_channel", 32)
+    torch.manual_seed(0)
+    shape = {"double_z": True, "z_channels": 8, "resolution": 256, "in_channels": 1, "out_ch": 1, "ch": 32}
+    depth = {"ch_mult": [1, 2, 4], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
+    module = authors("audioldm", "variational_autoencoder.autoencoder")
+    vae = module.AutoencoderKL(ddconfig=shape | depth, embed_dim=8).eval()
+    for parameter in vae.vocoder.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    nn.init.zeros_(vae.decoder.mid.attn_1.proj_out.weight)  # attention sees one tile, and untrained it averages all
+    return vae
+
+
+def assert_tiled(pipe: Any, decode: Any, voice: Any) -> None:
+    """decode and voice: what the client calls, in arrays or tensors."""
+    z = torch.randn(2, 8, 80, 16, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        whole = decode(z)
+        waves = voice(whole)
+        with litefocus.tile_decoding(pipe, seconds=0.96, overlap=0.24) as handle:
+            assert "AutoencoderKL, Generator" in repr(handle)
+            assert vars(tiling_of(pipe)) == vars(Tiles(0.96, 0.24, in_block=True))
+            mels, tiled = decode(z), voice(whole)
+        assert 0 < (mels - whole).abs().mean() < 0.05 * whole.std()
+        assert type(tiled) is type(waves)
+        assert tiled.dtype == waves.dtype
+        assert tiled.shape == waves.shape
+        np.testing.assert_allclose(tiled, waves, rtol=0, atol=1 if waves.dtype == np.int16 else 1e-5)
+        assert torch.equal(decode(z), whole)
+
+
+def test_tango(authors_vae: Any) -> None:
+    """A plain object with a VAE; `decode_first_stage` of Tango's own copy scales its latent, then calls `decode`."""
+    tango = types.SimpleNamespace(vae=authors_vae, model=None)
+    assert_tiled(tango, lambda z: tango.vae.decode(1.0 / 0.9227 * z), tango.vae.decode_to_waveform)
+
+
+def test_latent_diffusion_of_the_authors(authors_vae: Any) -> None:
+    kind = authors("audioldm", "ldm").LatentDiffusion
+    model = kind.__new__(kind)
+    nn.Module.__init__(model)
+    model.first_stage_model, model.scale_factor = authors_vae, 0.9
+    assert_tiled(model, model.decode_first_stage, model.mel_spectrogram_to_waveform)
+
+
+# --- the handle ------------------------------------------------------------------------------------------------------
+
+
+def windows(pipe: Any, latents: Tensor) -> int:
+    """Frames of the latent that the VAE's decoder sees at once."""
+    recorder = Recorder(pipe.vae.decoder, "forward")
+    decoded(pipe, latents)
+    del pipe.vae.decoder.forward
+    assert len(set(recorder.frames)) == 1
+    return recorder.frames[0]
+
+
+def test_removing_restores_what_was_there(small: Any) -> None:
+    before = [dict(vars(module)) for module in (small.vae, small.vocoder)]
+    handle = litefocus.tile_decoding(small)
+    assert tiling_of(small).seconds == 10.24
+    assert repr(handle) == (
+        "<TiledDecoding of AudioLDM2Pipeline, 10.24 s + 0.64 s on either side: AutoencoderKL, SpeechT5HifiGan>"
+    )
+    handle.remove()
+    handle.remove()
+    assert [dict(vars(module)) for module in (small.vae, small.vocoder)] == before
+    assert tiling_of(small) is None
+    assert repr(handle).endswith("on either side: not in force>")
+    with pytest.raises(RuntimeError, match="cannot be entered; tile again"), handle:
+        pass
+    litefocus.tile_decoding(small)
+    untile(small)
+    untile(small)
+    assert [dict(vars(module)) for module in (small.vae, small.vocoder)] == before
+
+
+def test_tiling_again_replaces_and_never_stacks(small: Any, latents: Tensor) -> None:
+    first = litefocus.tile_decoding(small, seconds=2, overlap=0)
+    second = litefocus.tile_decoding(small, seconds=1, overlap=0)
+    assert windows(small, latents) == 25
+    first.remove()
+    assert windows(small, latents) == 25
+    assert tiling_of(small).seconds == 1
+    second.remove()
+    assert windows(small, latents) == 100
+
+
+def test_blocks_restore_what_was_in_force(small: Any, latents: Tensor) -> None:
+    litefocus.tile_decoding(small, seconds=2, overlap=0)
+    with litefocus.tile_decoding(small, seconds=1, overlap=0):
+        assert windows(small, latents) == 25
+        innermost = litefocus.tile_decoding(small, seconds=0.4, overlap=0)
+        with pytest.raises(RuntimeError), innermost:
+            decoded(small, latents[:, 1:])  # too few channels
+        assert windows(small, latents) == 25
+        litefocus.tile_decoding(small, seconds=0.8, overlap=0)  # ends with the block
+        inner = litefocus.tile_decoding(small, seconds=0.4, overlap=0)
+        assert windows(small, latents) == 10
+        inner.remove()
+        assert windows(small, latents) == 25
+    assert windows(small, latents) == 50
+
+
+def test_what_was_removed_inside_of_a_block_does_not_come_back(small: Any, latents: Tensor) -> None:
+    outer = litefocus.tile_decoding(small, seconds=2, overlap=0)
+    with litefocus.tile_decoding(small, seconds=1, overlap=0):
+        outer.remove()
+    assert windows(small, latents) == 100
+    with litefocus.tile_decoding(small, seconds=1, overlap=0):
+        untile(small)
+        litefocus.tile_decoding(small, seconds=0.4, overlap=0)
+    assert windows(small, latents) == 10
+
+
+def test_what_others_wrap_stays_and_nothing_comes_back(small: Any, latents: Tensor) -> None:
+    whole = decoded(small, latents)
+    handle = litefocus.tile_decoding(small, seconds=1, overlap=0)
+    ours = small.vae.decode
+    theirs = Recorder(small.vae, "decode")
+    assert windows(small, latents) == 25
+    assert tiling_of(small) is not None
+    litefocus.tile_decoding(small, seconds=2, overlap=0)  # around theirs, which then sees tiles
+    theirs.frames.clear()
+    assert windows(small, latents) == 50
+    assert theirs.frames == [50] * 4
+    handle.remove()
+    untile(small)
+    assert small.vae.decode is theirs
+    assert torch.equal(decoded(small, latents), whole)
+    small.vae.decode = ours  # one of ours that somebody has kept
+    assert tiling_of(small) is None
+    assert torch.equal(decoded(small, latents), whole)
+    litefocus.tile_decoding(small, seconds=1, overlap=0)
+    assert windows(small, latents) == 25
+    untile(small)
+    assert torch.equal(decoded(small, latents), whole)
+
+
+def test_tiles_that_somebody_took_away_are_not_reported(small: Any, latents: Tensor) -> None:
+    handle = litefocus.tile_decoding(small, seconds=1, overlap=0)
+    del small.vae.decode
+    assert tiling_of(small) is None
+    assert "side: SpeechT5HifiGan>" in repr(handle)
+    litefocus.tile_decoding(small, seconds=2, overlap=0)
+    assert tiling_of(small).seconds == 2
+    assert windows(small, latents) == 50
+
+
+def test_a_compiled_vocoder(small: Any) -> None:
+    """`module.compile()` puts what it has compiled before everything else."""
+    mels = mels_for(small.vocoder, 400)
+    frames: list[int] = []
+    call = small.vocoder._call_impl
+    small.vocoder._compiled_call_impl = compiled = lambda x: frames.append(x.shape[1]) or call(x)
+    with litefocus.tile_decoding(small, seconds=1, overlap=0):
+        small.vocoder(mels)
+    assert len(frames) == 4
+    assert small.vocoder._compiled_call_impl is compiled
+
+
+def test_nothing_keeps_the_weights_alive(embedded: Any) -> None:
+    pipe = holder(copy.deepcopy(embedded.vocoder), copy.deepcopy(embedded.vae))
+    gc.collect()
+    gc.disable()  # so that there is no cycle either
+    try:
+        handle = litefocus.tile_decoding(pipe)
+        left = [weakref.ref(pipe.vae), weakref.ref(pipe.vocoder)]
+        del pipe
+        assert [module() for module in left] == [None, None]
+    finally:
+        gc.enable()
+    handle.remove()
+    assert "not in force" in repr(handle)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_copies_have_tiles_of_their_own(small: Any, latents: Tensor, copied: Any) -> None:
+    handle = litefocus.tile_decoding(small, seconds=1, overlap=0)
+    twin = copied(holder(small.vocoder, small.vae))
+    expected = decoded(small, latents)
+    nn.init.zeros_(small.vae.decoder.conv_out.weight)
+    assert torch.equal(decoded(twin, latents), expected)
+    handle.remove()
+    assert windows(twin, latents) == 25
+    assert tiling_of(twin).seconds == 1
+    untile(twin)
+    assert windows(twin, latents) == 100
+
+
+@pytest.mark.parametrize(
+    ("thing", "message"),
+    [
+        (None, "got None, which has no VAE and HiFi-GAN vocoder"),
+        (nn.Linear(1, 1), "got an object of type Linear, which has no VAE"),
+        (types.SimpleNamespace(vae=nn.Linear(1, 1), vocoder=nn.Linear(1, 1)), "tile_decoding takes AudioLDM"),
+    ],
+)
+def test_objects_without_a_vae_and_a_vocoder(thing: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        litefocus.tile_decoding(thing)
+    untile(thing)
+    assert tiling_of(thing) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"seconds": "10"}, TypeError, r"seconds must be a number, got '10' \(str\)"),
+        ({"overlap": True}, TypeError, r"overlap must be a number, got True \(bool\)"),
+        ({"seconds": float("nan")}, ValueError, "seconds must be finite, at least one latent frame .* got nan"),
+        ({"seconds": float("inf")}, ValueError, "seconds must be finite"),
+        ({"seconds": 0, "overlap": 0}, ValueError, r"at least one latent frame \(0.04 s\)"),
+        ({"seconds": -3.0}, ValueError, "got -3.0"),
+        ({"seconds": 2.0}, ValueError, r"at least four times the overlap \(0.64 s\), got 2.0"),
+        ({"overlap": -0.1}, ValueError, "overlap must be finite and at least 0 seconds, got -0.1"),
+        ({"overlap": float("nan")}, ValueError, "overlap must be finite"),
+    ],
+)
+def test_settings_out_of_range_change_nothing(small: Any, settings: Any, error: Any, message: str) -> None:
+    litefocus.tile_decoding(small, seconds=5)
+    with pytest.raises(error, match=message):
+        litefocus.tile_decoding(small, **settings)
+    assert tiling_of(small).seconds == 5
