@@ -410,7 +410,7 @@ def show(table: dict[str, dict[str, dict[str, float]]], times: int, count: int) 
 # ------------------------------------------------------------------------------------------------------ screen
 
 SCREEN_CLIPS = {1: 12, 4: 8, 8: 4}
-WHOLE = {"time_window": None}  # the whole clip in view, as with the default up to 41 s
+WHOLE = {"time_window": None}  # the whole clip in view, as with the default up to half a minute
 
 
 def screened() -> dict[str, dict[str, Method]]:
@@ -639,8 +639,8 @@ def record(kind: str, rows: list[dict[str, Any]], args: argparse.Namespace) -> N
     file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     args.output.with_name("EVALUATION.md").write_text(report(record, args.output.name))
     for name, draw, table in (("", plot_forest, "rows"), ("_cost", plot_cost, "screen")):
-        shown = [row for row in tables[table] if row["model"] == args.label]
-        if shown:
+        shown = [row for row in tables[table] if row["model"] == tables[table][0]["model"]]
+        if shown:  # of the first model
             draw(shown, args.output.with_name(f"{args.output.name}{name}.png"))
 
 
@@ -741,7 +741,7 @@ def report(record: dict[str, Any], name: str) -> str:
         lines += markdown(("setting", *header), table)
         lines += [f"{measured}.\n" for measured in dict.fromkeys(row["measured"] for row in rows)]
     if record["screen"]:
-        lines += [f"![distance to dense against cost]({name}_cost.png)", ""]
+        lines += [f"![error of attention against cost]({name}_cost.png)", ""]
     return "\n".join(lines)
 
 
@@ -795,13 +795,11 @@ FAMILIES = {  # colour and marker of the screen's families
 
 
 def plot_cost(rows: list[dict[str, Any]], path: Path) -> None:
-    """The screen: distance of final latents to dense against cost, with the Pareto front, a panel for every length."""
-    lengths = sorted({row["times"] for row in rows if "latents" in row})
-    if not lengths:
-        return
+    """The screen: error of attention against cost, with the Pareto front, a panel for every length."""
+    lengths = sorted({row["times"] for row in rows})
     figure, every = panels(len(lengths), width=5.6, height=5.4)
     for axes, times in zip(every, lengths, strict=True):
-        shown = [row for row in rows if row["times"] == times and "latents" in row and row["latents"] > 0]
+        shown = [row for row in rows if row["times"] == times and row["attention"] > 0]
         points: dict[str, tuple[float, float]] = {}
         colours: dict[str, str] = {}
         drawn = []
@@ -810,10 +808,12 @@ def plot_cost(rows: list[dict[str, Any]], path: Path) -> None:
             if name not in FAMILIES:
                 continue
             colour, marker = FAMILIES[name]
-            point = row["cost"], row["latents"]
+            point = row["cost"], row["attention"]
             drawn.append(point)
-            axes.errorbar(*point, row["latents_se"], color=colour, marker=marker, markersize=7, elinewidth=0.8)
+            axes.plot(*point, color=colour, marker=marker, markersize=7, linestyle="none")
             label = LABELLED.get(row["setting"])
+            if label == "no window" and not any(row["setting"] == DEFAULT_WINDOW for row in shown):
+                label = "litefocus"
             if label:
                 points[label], colours[label] = point, colour
         front = sorted(
@@ -821,19 +821,21 @@ def plot_cost(rows: list[dict[str, Any]], path: Path) -> None:
         )
         axes.plot(*zip(*front, strict=True), color="0.6", linewidth=1.2, zorder=0)
         log_axis(axes, "x", (0.05, 0.1, 0.2, 0.4, 0.7, 1.0))
-        log_axis(axes, "y", (0.01, 0.02, 0.05, 0.1, 0.2, 0.4))
+        log_axis(axes, "y", (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0))
         axes.set(xlim=(0.05, 1.05), xlabel="share of dense self-attention's arithmetic")
-        axes.set_title(f"{times * CLIP_SECONDS:g} s ({times}x), {shown[0]['clips']} clips")
+        axes.set_title(f"{times * CLIP_SECONDS:g} s ({times}x)")
         label_points(axes, points, colours)
-    every[0].set_ylabel("distance of final latents to dense\n(1: dense from other noise)")
+    every[0].set_ylabel("relative error of the attention output, mean over layers")
     marks = [Line2D([], [], color=c, marker=m, linestyle="none", label=name) for name, (c, m) in FAMILIES.items()]
     marks.append(Line2D([], [], color="0.6", label="Pareto front"))
     figure.legend(handles=marks, loc="outside upper center", ncols=3 * len(lengths), frameon=False)
     save(figure, path)
 
 
+DEFAULT_WINDOW = f"window {(DEFAULT.time_window or 0) // NATIVE}x, {DEFAULT.far_sampled} far"
 LABELLED = {  # points with a name, of the screen's settings
-    "r = 0.1, floor 32": "litefocus",
+    DEFAULT_WINDOW: "litefocus",
+    "r = 0.1, floor 32": "no window",  # but on clips that are shorter than the default's
     "window 1x, 16 far": "window 1x, 16 far",
     "window 1x, 0 far": "window 1x, none far",
     "shared, r = 0.1": "shared",

@@ -156,7 +156,7 @@ def status(pipe: Any, seconds: float | None = None) -> Status:
     >>> handle = litefocus.patch(pipe)
     >>> status = litefocus.status(pipe, seconds=80)
     >>> status.layers[0].state, status.layers[0].frames, round(status.layers[0].keys_kept, 3)
-    ('focus', 1000, 0.179)
+    ('focus', 1000, 0.097)
     """
     found, tiles = status_of(resolve(pipe), seconds), tiling_of(pipe)
     memory = None if seconds is None else decoding_bytes(pipe, seconds, tiles)

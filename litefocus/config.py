@@ -62,7 +62,7 @@ def _refuse_unknown_fields(cls: type[T]) -> type[T]:
 class LiteFocusConfig:
     """Settings of LiteFocus attention (arXiv 2407.10468). Immutable; derive others with `dataclasses.replace`.
 
-    The defaults fit every length: the paper's sets with a weight for every sampled key up to about a minute, time
+    The defaults fit every length: the paper's sets with a weight for every sampled key up to half a minute, time
     windows that still hear the whole clip beyond. `LiteFocusConfig.paper()` is the method as published.
 
     Args:
@@ -99,7 +99,7 @@ class LiteFocusConfig:
     sparse_ratio: float = 0.1
     min_sampled: int = 32
     reweight: bool = True
-    time_window: int | None = 1024
+    time_window: int | None = 512
     far_sampled: int = 16
     min_freq_bins: int = 2
     seed: int = 0

@@ -16,7 +16,7 @@ DEFAULTS = {
     "sparse_ratio": 0.1,
     "min_sampled": 32,
     "reweight": True,
-    "time_window": 1024,
+    "time_window": 512,
     "far_sampled": 16,
     "min_freq_bins": 2,
     "seed": 0,

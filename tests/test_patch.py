@@ -380,7 +380,7 @@ def test_estimate_agrees_with_a_count_of_every_operation() -> None:
 
 @pytest.mark.parametrize(("name", "ratio"), [("audioldm-s", 1.65), ("audioldm2", 1.78), ("audioldm2-large", 2.08)])
 def test_estimated_saving_at_80_seconds(name, ratio) -> None:
-    """The limits of DESIGN 4, which were counted another way, at 1024 frames where F = 8."""
+    """The limits were counted by hand, layer by layer, at 1024 frames where F = 8."""
     pipe = with_published_unet(name)
     litefocus.patch(pipe, PAPER, min_freq_bins=2)
     status = litefocus.status(pipe, seconds=81.92)

@@ -76,7 +76,7 @@ def test_attention_to_the_own_bin_is_measured(sharpness: float, freq_axis: Any) 
     sampled = 2 / FRAMES  # of every other bin
     assert row.focus.mass == pytest.approx((own + (BINS - 1) * sampled) / (own + BINS - 1), rel=1e-5)
     assert row.focus.uniform == pytest.approx((1 + (BINS - 1) * sampled) / BINS)
-    assert (row.window.mass, row.window.uniform) == pytest.approx((1, 1))  # 1024 frames: longer than the clip
+    assert (row.window.mass, row.window.uniform) == pytest.approx((1, 1))  # 512 frames: longer than the clip
 
 
 @pytest.mark.parametrize("freq_axis", ["width", "height"])

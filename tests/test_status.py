@@ -105,7 +105,7 @@ def test_in_a_notebook(pipe) -> None:
         ({}, 10, None),
         ({}, 600, None),
         ({"time_window": None}, 20, None),
-        ({"time_window": None}, 600, "grows with the square of the length; leave time_window at its default of 1024"),
+        ({"time_window": None}, 600, "grows with the square of the length; leave time_window at its default of 512"),
         ({"far_sampled": 0}, 600, "a time window alone hears nothing of the rest of the clip"),
         ({"reweight": False}, 600, "a time window alone hears nothing of the rest of the clip"),
         ({}, 36000, "litefocus.tile_decoding(pipe) decodes in the memory of one tile"),

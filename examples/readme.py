@@ -1,0 +1,104 @@
+"""Write README's first table from `benchmark.json` and `evaluate.json`: no figure there is typed by hand.
+
+python examples/readme.py           # after benchmark.py and evaluate.py with --output
+python examples/readme.py --check   # exit code 1 where README says something else
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+MARKED = re.compile(r"(<!-- figures -->\n).*?(<!-- /figures -->)", re.DOTALL)
+
+METHODS = ("dense", "litefocus", "paper", "time tiles", "token merging")
+TIMED, SECONDS = "audioldm2", (10.0, 80.0, 600.0)
+JUDGED, LENGTHS = "seed 1", {1: "5 s", 8: "41 s"}  # of a model whose native length is 5.12 s
+
+
+def row_of(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any] | None:
+    """The row with these values."""
+    return next((row for row in rows if all(row[name] == value for name, value in wanted.items())), None)
+
+
+def seconds(value: float) -> str:
+    """CPU seconds with two digits that matter, or more."""
+    return f"{value:.0f} s" if value >= 10 else f"{value:.1f} s"
+
+
+def difference(cell: dict[str, float], digits: int) -> str:
+    """A difference to dense with its standard error."""
+    if not cell["diff_se"]:
+        return "the same"
+    return f"{cell['diff']:+.{digits}f} ± {cell['diff_se']:.{digits}f}"
+
+
+def cells(method: str, times: list[dict[str, Any]], sounds: list[dict[str, Any]]) -> Iterator[str]:
+    """One line of the table."""
+    for length in SECONDS:
+        row = row_of(times, model=TIMED, method=method, seconds=length, device="cpu", dtype="float32")
+        if row is None:
+            yield "not measured"
+        else:
+            yield seconds(row["median"]) if method == "dense" else f"{row['ratio']:.2f}x"
+    for metric, digits in (("frechet", 2), ("drift", 3)):
+        for length in LENGTHS if metric == "frechet" else [max(LENGTHS)]:
+            row = row_of(sounds, model=JUDGED, method=method, times=length)
+            if row is None:
+                yield "not measured"
+            elif method == "dense":
+                yield f"{row[metric]['value']:.{digits}f}"
+            else:
+                yield difference(row[metric], digits)
+
+
+def figures() -> str:
+    """What stands between the marks: table, where its figures come from, picture."""
+    times = json.loads((HERE / "benchmark.json").read_text())["rows"]
+    sounds = json.loads((HERE / "evaluate.json").read_text())["rows"]
+    long = LENGTHS[max(LENGTHS)]
+    header = ["", *(f"step, {length:g} s" for length in SECONDS)]
+    header += [*(f"Fréchet, {name}" for name in LENGTHS.values()), f"drift, {long}"]
+    lines = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header))]
+    for method in METHODS:
+        name = f"**{method}**" if method == "litefocus" else method
+        lines.append(f"| {name} | " + " | ".join(cells(method, times, sounds)) + " |")
+    timed = row_of(times, model=TIMED, method="litefocus", seconds=max(SECONDS)) or times[0]
+    judged = row_of(sounds, model=JUDGED, method="litefocus", times=max(LENGTHS)) or sounds[0]
+    clips = {length: row_of(sounds, model=JUDGED, method="dense", times=length) for length in LENGTHS}
+    counted = ", ".join(f"{row['clips']} of {LENGTHS[length]}" for length, row in clips.items() if row)
+    text = (
+        "Step: one UNet step of AudioLDM 2, published widths and random weights, on a CPU "
+        f"({timed['measured'].split(',')[0]}); dense in seconds, others as speed-up. Fréchet distance (of 5 s windows to "
+        "real ones, lower is better) and drift within a clip: differences to dense ± standard error, on a small trained "
+        f"model of 5 s native length, {counted}. By `examples/benchmark.py` and `examples/evaluate.py`, "
+        f"{judged['measured'].split(', ')[-1]}; all figures: [BENCHMARK.md](examples/BENCHMARK.md), "
+        "[EVALUATION.md](examples/EVALUATION.md)."
+    )
+    picture = "![error of attention against cost, all settings and peers](examples/evaluate_cost.png)"
+    lines += ["", *textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False), "", picture]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where README is another")
+    args = parser.parse_args(argv)
+    old = README.read_text()
+    new = MARKED.sub(lambda found: found[1] + figures() + found[2], old)
+    if args.check:
+        sys.exit("README's figures are not those of the JSON files: python examples/readme.py" if new != old else 0)
+    README.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
