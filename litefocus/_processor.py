@@ -31,7 +31,7 @@ class Installed:
 
     @property
     def grid(self) -> Grid | None:
-        """The layer's grid under the patch in force, or in a call under that of its beginning; None where there is none."""
+        """The layer's grid under the patch in force, in a call under that of its beginning; None without any."""
         grids = self.watched.grids
         if grids and not torch.compiler.is_compiling() and self.watched.call is not None:
             grids = self.watched.call.grids
