@@ -1,31 +1,30 @@
 """examples/app.py as its user sees it: in a real browser, without a window."""
 
 import io
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import generate
 import numpy as np
 import pytest
 import soundfile
-
-pytest.importorskip("gradio", reason="the extra `app` is not installed")
-pytest.importorskip("playwright", reason="the extra `app` is not installed")
-
 from playwright.sync_api import Page, expect, sync_playwright
 
+APP = Path(__file__).parents[1] / "examples" / "app.py"
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SETTINGS = ["--seconds", "2", "--steps", "16", "--seed", "3"]
 
 TIMEOUT = 120_000  # milliseconds, for a busy machine
 expect.set_options(timeout=TIMEOUT)
 
-pytestmark = [
-    pytest.mark.skipif(BROWSER is None, reason="no browser: apt-get install chromium"),
-    pytest.mark.filterwarnings("ignore"),  # of Gradio's own parts
-]
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no browser: apt-get install chromium")
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +35,21 @@ def pipe_and_settings() -> tuple[Any, dict[str, Any]]:
 
 
 @pytest.fixture
-def page(pipe_and_settings: tuple[Any, dict[str, Any]]) -> Iterator[Page]:
-    import app
-
-    blocks = app.page(*pipe_and_settings)
-    _, url, _ = blocks.launch(prevent_thread_lock=True, show_error=True, quiet=True, server_name="127.0.0.1")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        page = browser.new_page()
-        page.set_default_timeout(TIMEOUT)
-        page.goto(url, wait_until="domcontentloaded")
-        yield page
-        browser.close()
-    blocks.close()
+def page() -> Iterator[Page]:
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
+    command = [sys.executable, str(APP), *SETTINGS]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        url = next(found[0] for line in server.stdout if (found := re.search(r"http://[\w.:]+", line)))
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+            page = browser.new_page()
+            page.set_default_timeout(TIMEOUT)
+            page.goto(url, wait_until="domcontentloaded")
+            yield page
+            browser.close()
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 130
 
 
 def test_a_prompt_becomes_a_clip_to_download(page: Page, pipe_and_settings: tuple[Any, dict[str, Any]]) -> None:
