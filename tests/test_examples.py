@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import generate
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 import soundfile
@@ -409,3 +411,34 @@ def test_the_embedded_pipeline_stays_small() -> None:
     files = [path for path in (ROOT / "examples" / "embedded").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 25e6
     assert {path.suffix for path in files if path.stat().st_size > 1e5} == {".safetensors"}
+
+
+@pytest.mark.filterwarnings("ignore")  # of Jupyter's own parts
+def test_the_notebook_runs_from_any_folder(tmp_path: Path) -> None:
+    path = EXAMPLES / "litefocus.ipynb"
+    assert path.stat().st_size < 1.5e6
+    notebook = nbformat.read(path, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert sum("<audio" in str(cell.outputs) for cell in cells) == 3
+    assert "%pip install" in cells[0].source
+    for setting, quick in {
+        'rhythm", 20, 20': 'rhythm", 12, 2',
+        "range(4)": "range(2)",
+        "seconds=60)\n": "seconds=24)\n",
+    }.items():
+        (cell,) = [cell for cell in cells if setting in cell.source]
+        cell.source = cell.source.replace(setting, quick)
+    nbclient.NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()  # raises CellExecutionError where a cell fails
+    shown = ""
+    for output in (output for cell in cells for output in cell.outputs):
+        text = str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", ""))
+        assert len(text.splitlines()) <= 12, text
+        assert output.get("name") != "stderr", text
+        shown += text
+    assert "12 s: " in shown
+    assert "the same: True" in shown
+    assert sum("<audio" in str(cell.outputs) for cell in cells) == 3
+    assert sum("image/png" in str(cell.outputs) for cell in cells) == 2
+    assert list(tmp_path.iterdir()) == []

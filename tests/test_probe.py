@@ -255,12 +255,12 @@ def test_the_default_is_advised_where_what_was_asked_about_is_biased() -> None:
 
 
 def test_a_window_is_advised_where_attention_is_near() -> None:
-    """Scores that fall off with the distance in time: a Gaussian of 24 frames."""
+    """Scores that fall off with the distance in time: a Gaussian of some 20 frames."""
     frames, channels = 1200, 64
     torch.manual_seed(0)
     phases = torch.arange(frames)[:, None] * torch.randn(channels // 2) / 24
     near = torch.cat([phases.cos(), phases.sin()], dim=1) * (2 / channels) ** 0.5  # of length 1
-    unet = OneLayer(channels, 8.0)
+    unet = OneLayer(channels, 12.0)
     with litefocus.probe(unet, freq_bins=BINS) as probe:
         unet(near.repeat_interleave(BINS, dim=0)[None])
     (row,) = probe.layers
