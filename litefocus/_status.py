@@ -97,7 +97,9 @@ class Status:
             )
         if self.tiles is not None or self.decoding_bytes is not None:
             tiled = "whole" if self.tiles is None else f"in tiles of {self.tiles.seconds:g} s"
-            memory = "" if self.decoding_bytes is None else f", {self.decoding_bytes / 2**30:.1f} GiB (estimated)"
+            mega = (self.decoding_bytes or 0) / 2**20
+            size = f"{mega:.0f} MiB" if mega < 1000 else f"{mega / 2**10:.1f} GiB"
+            memory = "" if self.decoding_bytes is None else f", {size} (estimated)"
             lines.append(f"decoding: {tiled}{memory}")
         return lines + ([self.advice] if self.advice else [])
 
