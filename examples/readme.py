@@ -75,13 +75,13 @@ def figures() -> str:
     judged = row_of(sounds, model=JUDGED, method="litefocus", times=max(LENGTHS)) or sounds[0]
     clips = {length: row_of(sounds, model=JUDGED, method="dense", times=length) for length in LENGTHS}
     counted = ", ".join(f"{row['clips']} of {LENGTHS[length]}" for length, row in clips.items() if row)
+    machine, date = timed["measured"].split(",")[0], judged["measured"].split(", ")[-1]
     text = (
-        "Step: one UNet step of AudioLDM 2, published widths and random weights, on a CPU "
-        f"({timed['measured'].split(',')[0]}); dense in seconds, others as speed-up. Fréchet distance (of 5 s windows to "
-        "real ones, lower is better) and drift within a clip: differences to dense ± standard error, on a small trained "
-        f"model of 5 s native length, {counted}. By `examples/benchmark.py` and `examples/evaluate.py`, "
-        f"{judged['measured'].split(', ')[-1]}; all figures: [BENCHMARK.md](examples/BENCHMARK.md), "
-        "[EVALUATION.md](examples/EVALUATION.md)."
+        f"Step: one UNet step of AudioLDM 2, published widths and random weights, on a CPU ({machine}); dense in "
+        "seconds, others as speed-up. Fréchet distance (of 5 s windows to real ones, lower is better) and drift "
+        "within a clip: differences to dense ± standard error, on a small trained model of 5 s native length, "
+        f"{counted}. By `examples/benchmark.py` and `examples/evaluate.py`, {date}; all figures: "
+        "[BENCHMARK.md](examples/BENCHMARK.md), [EVALUATION.md](examples/EVALUATION.md)."
     )
     picture = "![error of attention against cost, all settings and peers](examples/evaluate_cost.png)"
     lines += ["", *textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False), "", picture]
