@@ -50,6 +50,7 @@ with interruptible():
 
 EMBEDDED = Path(__file__).parent / "embedded" / "pipeline"
 PROMPT = "a fast tabla rhythm"
+FORMATS = (".wav", ".flac", ".mp3")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # What every example checks before any work: (type, whether a value will do, what will do). A guidance of None is the
@@ -174,9 +175,9 @@ def check(settings: Mapping[str, Any]) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Raise ValueError where no wav can be written to `path`."""
-    if path.suffix.lower() != ".wav":
-        raise ValueError(f"output must end in .wav, got {path}")
+    """Raise ValueError where no sound can be written to `path`."""
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"output must end in {', '.join(FORMATS)}, got {path}")
     if path.is_dir():
         raise ValueError(f"output {path} is a folder")
     try:
@@ -329,10 +330,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv`."""
     parser = Parser(__doc__)
     parser.add_argument("prompt", nargs="?", default=PROMPT, help="what should sound (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("clip.wav"), help="wav to write (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("clip.wav"), help="wav, flac or mp3 to write (default: %(default)s)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--no-patch", action="store_true", help="dense attention, without litefocus")
-    mode.add_argument("--compare", action="store_true", help="dense and patched: times, two wavs and one png")
+    mode.add_argument("--compare", action="store_true", help="dense and patched: times, two clips and one png")
     parser.add_argument("--runs", type=int, default=3, help="of --compare, for its medians (default: %(default)s)")
     args = parser.parse_args(argv)
     with parser.refusing():

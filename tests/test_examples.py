@@ -124,7 +124,7 @@ def test_words_outside_of_the_vocabulary_are_named(tmp_path: Path, capsys: pytes
         (["--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
         (["--time-window", "0"], "time_window must be an integer of at least 1, got 0"),
         (["--min-freq-bins", "99"], "set min_freq_bins to 8 or less"),
-        (["--output", "clip.mp3"], "output must end in .wav, got clip.mp3"),
+        (["--output", "clip.ogg"], "output must end in .wav, .flac, .mp3, got clip.ogg"),
         (["--output", "missing/clip.wav"], "cannot write into missing: No such file or directory"),
         (["--model", "missing"], "cannot use missing: no such folder, and hub ids look like owner/name"),
         (["--model", "."], "cannot use ."),
@@ -395,7 +395,7 @@ def test_tango_offloads(tango: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tango_checks_first(tango: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["--steps", "-2"], "steps must be"),
-        (["--output", "a.mp3"], "output must end in .wav"),
+        (["--output", "a.ogg"], "output must end in .wav"),
     ):
         with pytest.raises(SystemExit) as stop:
             tango(*arguments)
