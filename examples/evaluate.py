@@ -539,6 +539,8 @@ def screen(pipe: AudioLDM2Pipeline, times: int, args: argparse.Namespace) -> Ite
     for family, settings in screened().items():
         for name, method in settings.items():
             window = getattr(method.how, "time_window", None)
+            if args.settings and name not in args.settings:
+                continue
             if family != "peers" and window is not None and window >= times * NATIVE:
                 continue  # not in force
             errors = layers.errors(method)
@@ -908,6 +910,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--output", type=Path, help="write NAME.json, where other rows stay, its pictures, and EVALUATION.md"
     )
     parser.add_argument("--screen", action="store_true", help="cheap measures for many settings, at 1x, 4x and 8x")
+    parser.add_argument("--settings", nargs="+", metavar="SETTING", help="of the screen, these alone")
     parser.add_argument("--attention-only", action="store_true", help="of the screen, the error of attention alone")
     parser.add_argument("--wavs", action="store_true", help="12 clips of every method as wavs, at the last length")
     parser.add_argument("--quick", action="store_true", help="12 clips, 4 steps, three methods, native length")

@@ -330,7 +330,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv`."""
     parser = Parser(__doc__)
     parser.add_argument("prompt", nargs="?", default=PROMPT, help="what should sound (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("clip.wav"), help="wav, flac or mp3 to write (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("clip.wav"), help="wav, flac or mp3 to write (default: %(default)s)"
+    )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--no-patch", action="store_true", help="dense attention, without litefocus")
     mode.add_argument("--compare", action="store_true", help="dense and patched: times, two clips and one png")

@@ -1,4 +1,4 @@
-"""Write README's first table from `benchmark.json` and `evaluate.json`: no figure there is typed by hand.
+"""Write README's tables from `benchmark.json` and `evaluate.json`: no figure there is typed by hand.
 
 python examples/readme.py           # after benchmark.py and evaluate.py with --output
 python examples/readme.py --check   # exit code 1 where README says something else
@@ -13,11 +13,18 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
+
+from litefocus._decoding import Tiles, decoding_bytes
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-MARKED = re.compile(r"(<!-- figures -->\n).*?(<!-- /figures -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- (figures|memory) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 METHODS = ("dense", "litefocus", "paper", "time tiles", "token merging")
 TIMED, SECONDS = "audioldm2", (10.0, 80.0, 600.0)
@@ -88,13 +95,51 @@ def figures() -> str:
     return "\n".join(lines) + "\n"
 
 
+def published() -> Any:
+    """VAE and vocoder of AudioLDM 2 at their published widths, in float16 and without memory."""
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(128, 256, 512),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            latent_channels=8,
+        )
+        config = SpeechT5HifiGanConfig(
+            model_in_dim=64,
+            upsample_initial_channel=1024,
+            upsample_rates=(5, 4, 2, 2, 2),
+            upsample_kernel_sizes=(16, 16, 8, 4, 4),
+        )
+        return SimpleNamespace(vae=vae.half(), vocoder=SpeechT5HifiGan(config).half())
+
+
+def memory() -> str:
+    """What a clip needs beside the weights, by its length."""
+    times, pipe = json.loads((HERE / "benchmark.json").read_text())["rows"], published()
+    steps = [row_of(times, model=TIMED, method="litefocus", seconds=length, dtype="float32") for length in SECONDS]
+    rows = {
+        "a UNet step, patched": [None if row is None else row["peak_mb"] / 2 * 1e6 for row in steps],
+        "decoding, whole": [decoding_bytes(pipe, length) for length in SECONDS],
+        "decoding, `tile_decoding`": [decoding_bytes(pipe, length, Tiles(10.24, 0.64)) for length in SECONDS],
+    }
+    lines = ["| float16, beside the weights | " + " | ".join(f"{length:g} s" for length in SECONDS) + " |"]
+    lines.append("| --- |" + " --- |" * len(SECONDS))
+    for name, sizes in rows.items():
+        cells = ["not measured" if size is None else f"{size / 2**30:.1f} GiB" for size in sizes]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where README is another")
     args = parser.parse_args(argv)
     old = README.read_text()
-    new = MARKED.sub(lambda found: found[1] + figures() + found[2], old)
+    parts = {"figures": figures, "memory": memory}
+    new = MARKED.sub(lambda found: found[1] + parts[found[2]]() + found[3], old)
     if args.check:
         sys.exit("README's figures are not those of the JSON files: python examples/readme.py" if new != old else 0)
     README.write_text(new)

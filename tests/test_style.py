@@ -28,8 +28,10 @@ def test_style(check: list[str]) -> None:
 
 
 def test_figures_in_the_readme_are_those_of_the_json() -> None:
-    between = (ROOT / "README.md").read_text().split("<!-- figures -->\n")[1].split("<!-- /figures -->")[0]
+    text = (ROOT / "README.md").read_text()
+    between = text.split("<!-- figures -->\n")[1].split("<!-- /figures -->")[0]
     assert between == readme.figures()
+    assert f"<!-- memory -->\n{readme.memory()}<!-- /memory -->" in text
     rows = json.loads((ROOT / "examples" / "evaluate.json").read_text())["rows"]
     (ours,) = [row for row in rows if (row["model"], row["method"], row["times"]) == ("seed 1", "litefocus", 8)]
     assert f"{ours['frechet']['diff']:+.2f} ± {ours['frechet']['diff_se']:.2f}" in between
