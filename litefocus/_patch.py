@@ -212,13 +212,14 @@ class Patches:
                 installed.watched = self.watched  # that of a layer which was copied into the UNet is a copy
                 if entry is None:
                     take_off(module)
-        if self.watch is not None:
-            self.watch.remove()
-            self.watch = None
-        if entry is not None:
-            self.watch = Watch(unet, self.watched, "patched", entry.freq_bins, entry.freq_axis)
-        else:
+        if entry is None:
             unet.__dict__.pop("_litefocus_patches", None)
+            if self.watch is not None:
+                self.watch.remove()
+        elif self.watch is None:
+            self.watch = Watch(unet, self.watched, "patched", entry.freq_bins, entry.freq_axis)
+        else:  # the same hooks: a call that begins in another thread meanwhile must not miss them
+            self.watch.freq_bins, self.watch.freq_axis = entry.freq_bins, entry.freq_axis
 
     def leave(self, unet: nn.Module, entry: Entry) -> None:
         """End the newest block of `entry`, and what was patched inside of it without a block of its own."""

@@ -36,7 +36,7 @@ def pipe_and_settings() -> tuple[Any, dict[str, Any]]:
 
 @pytest.fixture
 def page() -> Iterator[Page]:
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "GRADIO_ANALYTICS_ENABLED": "False"}
     command = [sys.executable, str(APP), *SETTINGS]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
