@@ -35,8 +35,8 @@ class Grid:
         config: settings, `time_window` in frames of the UNet's input.
         freq_axis: "width" or "height", see `focus_set`.
 
-    `mismatch` says what was wrong with the last call that had another number of tokens than the grid. `reached` is the
-    number of the UNet's last call that came to the layer, infinite once it was compiled, since nothing more is seen.
+    `mismatch` says why the last call that could have focused did not: other tokens than the grid, or a mask. `reached`
+    is the number of the UNet's last call that came to the layer, infinite once it was compiled, as no more shows then.
     """
 
     def __init__(

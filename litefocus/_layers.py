@@ -80,7 +80,7 @@ def self_attention_layers(unet: nn.Module) -> Iterator[Layer]:
             yield layer
 
 
-def get_processor(module: nn.Module) -> Any:
+def get_processor(module: Any) -> Any:
     """The attention processor of a layer; None for every other module."""
     if "to_q" not in module._modules or "to_k" not in module._modules:  # most: in a UNet of thousands this counts
         return None

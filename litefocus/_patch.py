@@ -46,7 +46,9 @@ def patch(
     The newest patch that was neither removed nor left is in force. One made outside of any `with` block replaces those
     before it; one made inside of a block ends with it. Patches never stack. A handle can be entered until it is removed
     or left, or `unpatch` is called: its block is under its own settings. Where two pipelines, or two threads, share one
-    UNet, they share its patches: patch once at start-up, not per request, and run in as many threads as you like.
+    UNet, they share its patches: patch once at start-up, not per request, and run in as many threads as you like. A
+    call that runs while the first patch comes or the last one goes is part dense; layers that are checkpointed run once
+    more in the backward pass, under what is in force then.
 
     Args:
         pipe: an AudioLDM, AudioLDM 2 or MusicLDM pipeline of diffusers, a Tango, Tango 2, Mustango or ConsistencyTTA
@@ -216,6 +218,7 @@ class Patches:
             unet.__dict__.pop("_litefocus_patches", None)
             if self.watch is not None:
                 self.watch.remove()
+                self.watch = None
         elif self.watch is None:
             self.watch = Watch(unet, self.watched, "patched", entry.freq_bins, entry.freq_axis)
         else:  # the same hooks: a call that begins in another thread meanwhile must not miss them

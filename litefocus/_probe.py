@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from litefocus._call import Watch, Watched
 from litefocus._grid import Grid, halved
+from litefocus._layers import get_processor
 from litefocus._projection import attention_inputs
 from litefocus._table import as_html, as_text
 from litefocus._target import Plan, plan, probed
@@ -306,7 +307,7 @@ class _Measured:
             others = [value for name, value in kwargs.items() if name != "hidden_states"]
         if any(isinstance(value, Tensor) for value in others):
             return
-        query, key, value = attention_inputs(attn, states)
+        query, key, value = attention_inputs(attn, states, processor=get_processor(attn))
         tokens = query.shape[2]
         frames = self.grid.num_frames(tokens, self.watched.lengths)
         if frames is None:  # merged tokens: they lie on no grid

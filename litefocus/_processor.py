@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
 from types import MethodType
 from typing import Any
@@ -15,6 +17,8 @@ from litefocus._projection import attention_inputs
 from litefocus.attention import focus_attention
 from litefocus.config import LiteFocusConfig
 from litefocus.focus import FreqAxis
+
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class Installed:
@@ -30,8 +34,13 @@ class Installed:
         self.original = before if inside is None else inside.original
 
     @property
+    def grid_in_force(self) -> Grid | None:
+        """The layer's grid under the patch in force; None without any."""
+        return self.watched.grids.get(self.name)
+
+    @property
     def grid(self) -> Grid | None:
-        """The layer's grid under the patch in force, in a call under that of its beginning; None without any."""
+        """The same for a call that runs, which keeps the patch of its beginning."""
         grids = self.watched.grids
         if grids and not torch.compiler.is_compiling() and self.watched.call is not None:
             grids = self.watched.call.grids
@@ -111,6 +120,9 @@ class LiteFocusAttnProcessor:
         # whose call is it?
         installed = installed_on(attn)
         grid = self.grid if installed is None else installed.grid
+        original = self.original
+        if original is None:
+            original = default_processor() if installed is None else installed.original
         focus = None
         if grid is not None and encoder_hidden_states is None and attention_mask is None:
             # which grid? operator.index: a plain int under torch.compile's dynamic shapes too, as the index needs one
@@ -118,16 +130,13 @@ class LiteFocusAttnProcessor:
             watched = None if installed is None else installed.watched
             traced = torch.compiler.is_compiling()
             focus = focus_set_for(grid, operator.index(tokens), hidden_states.device, watched, traced)
+        elif grid is not None and encoder_hidden_states is None and not torch.compiler.is_compiling():
+            grid.mismatch = "its calls bring a mask"
         if focus is None:
-            original = self.original
-            if original is None and installed is not None:
-                original = installed.original
-            if original is None:
-                original = default_processor()
             return hand_on(original, attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
 
         residual, input_shape = hidden_states, hidden_states.shape
-        query, key, value = attention_inputs(attn, hidden_states, temb)
+        query, key, value = attention_inputs(attn, hidden_states, temb, original)
         hidden_states = focus_attention(query, key, value, focus)
         hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
         hidden_states = attn.to_out[0](hidden_states)
@@ -160,7 +169,33 @@ class _WithWeights(LiteFocusAttnProcessor, nn.Module):
 
 def processor_over(original: Any) -> LiteFocusAttnProcessor:
     """A processor to install in place of `original`, on a layer that a patch gives its grid."""
-    return _WithWeights(original) if isinstance(original, nn.Module) else LiteFocusAttnProcessor(original)
+    kind = _WithWeights if isinstance(original, nn.Module) else LiteFocusAttnProcessor
+    try:
+        theirs = inspect.signature(original.__call__).parameters.values()
+    except (TypeError, ValueError):  # of a builtin
+        theirs = {}.values()
+    ours = inspect.signature(LiteFocusAttnProcessor.__call__).parameters
+    more = tuple(x.name for x in theirs if x.name not in ours and x.kind not in VARIADIC)
+    made: LiteFocusAttnProcessor = (_taking(kind, more) if more else kind)(original)
+    return made
+
+
+@functools.cache
+def _taking(kind: Any, names: tuple[str, ...]) -> Any:
+    """`kind` with further parameters: diffusers hands a processor the keywords that its signature names, no others."""
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = kind.__call__(self, *args, **kwargs)
+        return output
+
+    def __reduce__(self: Any) -> Any:
+        return processor_over, (self.original,)  # pickle finds classes by their names
+
+    signature = inspect.signature(kind.__call__)
+    shown = [x for x in signature.parameters.values() if x.kind not in VARIADIC]
+    shown += [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
+    __call__.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    return type(kind.__name__, (kind,), {"__call__": __call__, "__reduce__": __reduce__, "__module__": kind.__module__})
 
 
 def default_processor() -> Any:

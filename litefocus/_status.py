@@ -181,8 +181,8 @@ def status_of(target: Target, seconds: float | None = None) -> Status:
     if num_frames and geometry:
         kept = {layer.attn: row.keys_kept or 1.0 for layer, row in zip(layers, rows, strict=True)}
         flops = step_flops(target.unet, kept, num_frames, geometry.freq_bins)
-    installed = (installed_on(layer.attn) for layer in layers)
-    config = next((one.grid.config for one in installed if one is not None and one.grid is not None), None)
+    grids = (one.grid_in_force for one in map(installed_on, (layer.attn for layer in layers)) if one is not None)
+    config = next((grid.config for grid in grids if grid is not None), None)
     return Status(type(target.unet).__name__, config, rows, seconds, num_frames, flops)
 
 
@@ -193,8 +193,8 @@ def _row(layer: Layer, target: Target, num_frames: int | None) -> LayerStatus:
     frames = halved(num_frames, layer.level) if num_frames else None
     grid = getattr(processor, "grid", None) if isinstance(processor, LiteFocusAttnProcessor) else None
     state, kept = "dense", 1.0
-    if installed is not None and installed.grid is not None:
-        grid = installed.grid
+    if installed is not None and installed.grid_in_force is not None:
+        grid = installed.grid_in_force
     elif grid is None and isinstance(processor, LiteFocusAttnProcessor):
         state = "dense: its patch was removed"
     if grid is not None:

@@ -697,6 +697,103 @@ def assert_same_gradients(unet: Any, expected: Any) -> None:
     assert compared > 30
 
 
+@EARLY
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("fresh_compiler")
+def test_status_and_compiled_code_after_a_call_that_ended_early(end: Callable[[Any], Any]) -> None:
+    unet, expected = small_unet(), small_unet()
+    patch(unet, 1)
+    run_to_its_middle(unet, end)
+    patch(unet, 2)
+    assert litefocus.status(unet).config.seed == 2
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr("litefocus._grid.DRAWS", 1)
+        patch(expected, 2)
+        focused = run(expected, latent(frames=48))
+    assert_same(run(torch.compile(unet, backend="eager"), latent(frames=48)), focused)
+    assert {row.state for row in litefocus.status(unet).layers} == {"focus"}
+
+
+def test_a_mask_is_shown() -> None:
+    unet = small_unet()
+    patch(unet)
+    mask = torch.ones(2, FRAMES * BINS)
+    assert torch.equal(run(unet, attention_mask=mask), run(small_unet(), attention_mask=mask))
+    assert {row.state for row in litefocus.status(unet).layers} == {"dense: its calls bring a mask"}
+    assert_same(run(unet), focus())
+    assert {row.state for row in litefocus.status(unet).layers} == {"focus"}
+
+
+# --- what is handed on, or computed, where layers were changed
+
+
+class Strength(AttnProcessor2_0):
+    """Takes a keyword of its own, as processors of editing methods do."""
+
+    def __call__(self, attn, hidden_states, *args, strength=1.0, **kwargs):
+        return strength * super().__call__(attn, hidden_states, *args, **kwargs)
+
+
+@pytest.mark.parametrize("how", [lambda unet: unet, copy.deepcopy, lambda unet: pickle.loads(pickle.dumps(unet))])
+@pytest.mark.filterwarnings("ignore:layers that are to focus")
+def test_keywords_reach_the_processor_of_a_call_that_stays_dense(how: Callable[[Any], Any]) -> None:
+    def run_with(unet: Any) -> Tensor:
+        return run(unet, cross_attention_kwargs={"strength": 0.5})
+
+    unet = small_unet()
+    unet.set_attn_processor(Strength())
+    expected = run_with(unet)
+    assert (expected - run(unet)).abs().max() > APART
+    before = unet.attn_processors
+    patch(unet, sparse_ratio=1.0, time_window=None)
+    patched = how(unet)
+    assert torch.equal(run_with(patched), expected)
+    litefocus.unpatch(patched)
+    assert torch.equal(run_with(patched), expected)
+    litefocus.unpatch(unet)
+    assert all(map(operator.is_, unet.attn_processors.values(), before.values()))
+
+
+@pytest.mark.parametrize("unfused", [False, True])
+def test_the_projections_that_dense_attention_uses(unfused: bool) -> None:
+    """Trained after fusing, the two kinds of projections differ; after unfusing, the fused ones lie idle."""
+
+    def change(unet: Any) -> None:
+        for attn in self_attention(unet).values():
+            for name in ("to_q", "to_k", "to_v") if unfused else ("to_qkv",):
+                getattr(attn, name).weight.data.mul_(1.1)
+
+    unet, twin = small_unet(), small_unet()
+    for each in (unet, twin):
+        unfuse = fuse(each)
+        if unfused:
+            unfuse()
+        change(each)
+    for attn in self_attention(twin).values():  # fused weights where unfused ones are looked for
+        if not unfused:
+            for part, weight in zip((attn.to_q, attn.to_k, attn.to_v), attn.to_qkv.weight.chunk(3), strict=True):
+                part.weight.data = weight.detach().clone()
+    twin.set_attn_processor(AttnProcessor2_0())
+    assert_same(run(unet), run(twin))
+    patch(unet)
+    patch(twin)
+    assert_same(run(unet), run(twin))
+    assert (run(unet) - focus()).abs().max() > APART
+
+
+def test_a_shallow_copy_is_patched_like_another() -> None:
+    unet = small_unet()
+    patch(unet)
+    other = copy.copy(unet)
+    litefocus.unpatch(unet)
+    patch(other)
+    with pytest.raises(ValueError, match="has 8 there"):
+        run(other, latent(bins=8))
+    assert_same(run(other), focus())
+    litefocus.unpatch(other)
+    assert_off(other)
+
+
 # --- 6. what makes processors anew: image adapters
 
 
