@@ -320,7 +320,7 @@ def page(record: Row, folder: str) -> str:
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>litefocus: side by side</title>",
         "<style>body{font:15px sans-serif;margin:2em}td,th{padding:.4em .8em;text-align:left;vertical-align:top}"
-        "audio{width:15em}small{font-weight:normal;color:#555}</style>",
+        "audio{width:12em}small{font-weight:normal;color:#555}</style>",
         f"<h1>{escape(record['model'])}</h1><p>{escape(record['measured'])}</p>",
     ]
     for seconds in dict.fromkeys(row["seconds"] for row in record["rows"]):
