@@ -68,8 +68,8 @@ SETTINGS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
 class Parser(argparse.ArgumentParser):
     """Knows the options that all examples share, and tells a mistake in one line, with exit code 2."""
 
-    def __init__(self, description: str | None) -> None:
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(self, description: str | None, **options: Any) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         add_options(self)
 
     def error(self, message: str) -> NoReturn:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from mel import CLIP_SAMPLES, LogMel
+from mel import CLIP_SAMPLES, SAMPLE_RATE, LogMel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -99,6 +99,17 @@ def load_embedder(weights: Path = EMBEDDER_WEIGHTS) -> Embedder:
     embedder = Embedder(len(state["class_head.2.bias"]))
     embedder.load_state_dict(state)
     return embedder.eval()
+
+
+@torch.inference_mode()
+def embed(waveforms: npt.NDArray[np.float32], sampling_rate: int) -> npt.NDArray[np.float32]:
+    """Embeddings (batch, 48) of waveforms (batch, samples) at 16 kHz, 1 s or longer, for `../compare.py`."""
+    if sampling_rate != SAMPLE_RATE or waveforms.shape[1] < SAMPLE_RATE:
+        raise ValueError(
+            f"the embedded embedder hears windows of at least 1 s at {SAMPLE_RATE} Hz, got {waveforms.shape[1]} "
+            f"samples at {sampling_rate} Hz; name another"
+        )
+    return load_embedder().embed(LogMel()(torch.from_numpy(waveforms))).numpy()
 
 
 def window_probabilities(
