@@ -760,7 +760,9 @@ def plot_forest(rows: list[dict[str, Any]], path: Path) -> None:
             for i, name in enumerate(names):
                 if name not in cells or not cells[name][metric].get("diff_se"):
                     continue
-                cell, unit = cells[name][metric], cells["dense"][metric]["se"] * (1 if more else -1)
+                cell = cells[name][metric]
+                # every clip of dense attention may be right, which leaves no error of its own
+                unit = (cells["dense"][metric]["se"] or cell["diff_se"]) * (1 if more else -1)
                 x, error = cell["diff"] / unit, cell["diff_se"] / abs(unit)
                 y = place + 0.8 * ((i + 0.5) / len(names) - 0.5)
                 colour, marker = look[name]
@@ -797,11 +799,16 @@ FAMILIES = {  # colour and marker of the screen's families
 
 
 def plot_cost(rows: list[dict[str, Any]], path: Path) -> None:
-    """The screen: error of attention against cost, with the Pareto front, a panel for every length."""
+    """The screen: how far from dense, against cost, with the Pareto front, a panel for every length.
+
+    By final latents where they were generated, else by the attention output.
+    """
     lengths = sorted({row["times"] for row in rows})
     figure, every = panels(len(lengths), width=5.6, height=5.4)
     for axes, times in zip(every, lengths, strict=True):
-        shown = [row for row in rows if row["times"] == times and row["attention"] > 0]
+        every_row = [row for row in rows if row["times"] == times]
+        measure = "latents" if all("latents" in row for row in every_row) else "attention"
+        shown = [row for row in every_row if row[measure] > 0]
         points: dict[str, tuple[float, float]] = {}
         colours: dict[str, str] = {}
         drawn = []
@@ -810,7 +817,7 @@ def plot_cost(rows: list[dict[str, Any]], path: Path) -> None:
             if name not in FAMILIES:
                 continue
             colour, marker = FAMILIES[name]
-            point = row["cost"], row["attention"]
+            point = row["cost"], row[measure]
             drawn.append(point)
             axes.plot(*point, color=colour, marker=marker, markersize=7, linestyle="none")
             label = LABELLED.get(row["setting"])
@@ -826,8 +833,12 @@ def plot_cost(rows: list[dict[str, Any]], path: Path) -> None:
         log_axis(axes, "y", (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0))
         axes.set(xlim=(0.05, 1.05), xlabel="share of dense self-attention's arithmetic")
         axes.set_title(f"{times * CLIP_SECONDS:g} s ({times}x)")
-        label_points(axes, points, colours)
-    every[0].set_ylabel("relative error of the attention output, mean over layers")
+        axes.set_ylabel(
+            "distance of final latents to dense\n(1: dense from other noise)"
+            if measure == "latents"
+            else "relative error of the attention output"
+        )
+        label_points(axes, points, colours, others=drawn)
     marks = [Line2D([], [], color=c, marker=m, linestyle="none", label=name) for name, (c, m) in FAMILIES.items()]
     marks.append(Line2D([], [], color="0.6", label="Pareto front"))
     figure.legend(handles=marks, loc="outside upper center", ncols=3 * len(lengths), frameon=False)

@@ -90,12 +90,19 @@ def label_ends(axes: Any, ends: Mapping[str, tuple[float, float]], colours: Mapp
 
 
 def label_points(
-    axes: Any, points: Mapping[str, tuple[float, float]], colours: Mapping[str, str], size: float = 9
+    axes: Any,
+    points: Mapping[str, tuple[float, float]],
+    colours: Mapping[str, str],
+    others: Iterable[tuple[float, float]] = (),
+    size: float = 9,
 ) -> None:
-    """The name of every point (x, y) beside it, at the first of a few places where it covers no other name or point."""
+    """The name of every point (x, y) beside it, at the first of a few places where it covers no other name or point.
+
+    others: points without names.
+    """
     axes.figure.draw_without_rendering()
     renderer = axes.figure.canvas.get_renderer()
-    marks = [axes.transData.transform(point) for point in points.values()]
+    marks = [axes.transData.transform(point) for point in (*points.values(), *others)]
     taken: list[Any] = []
     places = [(angle, distance) for distance in (9, 18, 30, 45) for angle in (0, 180, 90, 270, 45, 315, 135, 225)]
     for name, point in points.items():
@@ -115,7 +122,7 @@ def label_points(
             )
             box = text.get_window_extent(renderer)
             inside = axes.bbox.x0 <= box.x0 and axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1
-            free = not any(box.overlaps(other) for other in taken) and not any(box.contains(*mark) for mark in marks)
+            free = not any(box.overlaps(other) for other in taken) and not any(box.padded(size / 2).contains(*mark) for mark in marks)
             if (inside and free) or (angle, distance) == places[-1]:
                 taken.append(box)
                 break
