@@ -849,7 +849,6 @@ DEFAULT_WINDOW = f"window {(DEFAULT.time_window or 0) // NATIVE}x, {DEFAULT.far_
 LABELLED = {  # points with a name, of the screen's settings
     DEFAULT_WINDOW: "litefocus",
     "r = 0.1, floor 32": "no window",  # but on clips that are shorter than the default's
-    "window 1x, 16 far": "window 1x, 16 far",
     "window 1x, 0 far": "window 1x, none far",
     "shared, r = 0.1": "shared",
     "paper": "paper",

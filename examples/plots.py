@@ -122,7 +122,8 @@ def label_points(
             )
             box = text.get_window_extent(renderer)
             inside = axes.bbox.x0 <= box.x0 and axes.bbox.y0 <= box.y0 and box.y1 <= axes.bbox.y1
-            free = not any(box.overlaps(other) for other in taken) and not any(box.padded(size / 2).contains(*mark) for mark in marks)
+            around = box.padded(size / 2)
+            free = not any(box.overlaps(other) for other in taken) and not any(around.contains(*x) for x in marks)
             if (inside and free) or (angle, distance) == places[-1]:
                 taken.append(box)
                 break
