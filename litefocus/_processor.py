@@ -31,7 +31,7 @@ class Installed:
 
     @property
     def grid(self) -> Grid | None:
-        """The layer's grid under the patch in force, in a call that which was when it began; None where there is none."""
+        """The layer's grid under the patch in force, during a call the one when it began; None without one."""
         grids = self.watched.grids
         if grids and not torch.compiler.is_compiling() and self.watched.call is not None:
             grids = self.watched.call.grids
