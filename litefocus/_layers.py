@@ -63,21 +63,39 @@ def self_attention_layers(unet: nn.Module) -> Iterator[Layer]:
     Whether a call is self-attention shows only when it comes, and the processor decides then. Here the layers are
     told that can be: keys are projected from as many channels as queries are. `is_cross_attention` alone does not
     tell: AudioLDM's attn2 says True and is self-attention, as its UNet sets cross_attention_dim to its own widths.
-    Where the encoder's width equals a layer's by chance, other layers of the same UNet show that it is the encoder's.
+    Where the encoder's width equals a layer's by chance, other layers of the same UNet show that there is an encoder,
+    and the layer, or before diffusers 0.25 the transformer around it, whether it was built for one.
     """
-    found = []
+    found, for_encoder = [], set()
     for prefix, block, level in blocks(unet):
+        config: Any = None
         for name, module in named_modules(block, prefix):
+            if hasattr(module, "transformer_blocks"):
+                config = getattr(module, "config", None)
             if get_processor(module) is not None:
                 found.append(Layer(name, module, level))
+                if _is_for_encoder(module, name, config):
+                    for_encoder.add(name)
 
     def own_width(layer: Layer) -> bool:
         return getattr(layer.attn.to_q, "in_features", None) == getattr(layer.attn.to_k, "in_features", None)
 
     has_encoder = not all(own_width(layer) for layer in found)
     for layer in found:
-        if own_width(layer) and not (has_encoder and getattr(layer.attn, "is_cross_attention", False)):
+        if own_width(layer) and not (has_encoder and layer.name in for_encoder):
             yield layer
+
+
+def _is_for_encoder(attn: nn.Module, name: str, config: Any) -> bool:
+    """Whether a layer was built for encoder states. config: of the transformer around it, None where there is none."""
+    said: bool | None = getattr(attn, "is_cross_attention", None)
+    if said is not None:
+        return said
+    if getattr(config, "cross_attention_dim", None) is None:
+        return False
+    if name.endswith("attn2"):
+        return not getattr(config, "double_self_attention", False)
+    return bool(getattr(config, "only_cross_attention", False))
 
 
 def get_processor(module: Any) -> Any:

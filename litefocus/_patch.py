@@ -7,7 +7,9 @@ neither removed nor left, the newest of which is in force. The layers get theirs
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
+from collections import Counter
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -15,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from litefocus._call import Watch, Watched
+from litefocus._compvis import OriginalAttention
 from litefocus._decoding import untile
 from litefocus._grid import Grid
 from litefocus._layers import get_processor, self_attention_layers, set_processor
 from litefocus._processor import Installed, LiteFocusAttnProcessor, installed_on, ours_in, processor_over
-from litefocus._status import Status, status_of
+from litefocus._status import LONG_CLIP, Status, status_of
 from litefocus._tango import restore_duration
 from litefocus._target import Plan, Target, plan, probed, resolve, warn_of_known_problems
 from litefocus.config import ConfigOptions, LiteFocusConfig, shows_options
@@ -27,6 +30,19 @@ from litefocus.focus import FreqAxis
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+# Processors that attend and do nothing else, by name: clients bring copies of them under the same names.
+PLAIN_PROCESSORS = {
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "AttnProcessorNPU",
+    "CrossAttnProcessor",
+    "FusedAttnProcessor2_0",
+    "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
+    "XFormersCrossAttnProcessor",
+    "XLAFlashAttnProcessor2_0",
+}
 
 _handles: weakref.WeakSet[Patch] = weakref.WeakSet()  # all that somebody still has
 _lock = threading.RLock()  # patches come and go one at a time, whichever threads they are made in
@@ -66,12 +82,15 @@ def patch(
         repr is the table of what is patched.
 
     Raises:
-        TypeError: for an object without a 2-D UNet and for unknown or mistyped options.
-        ValueError: for values out of range, for a missing or contradicting `freq_bins`, where no layer qualifies, and
-            while `probe` measures. A UNet whose input has another number of bins raises it when it is called.
+        TypeError: for an object without a 2-D UNet, or with several, and for unknown or mistyped options.
+        ValueError: for values out of range, for a missing or contradicting `freq_bins` or `freq_axis`, where no layer
+            qualifies, and while `probe` measures. A UNet whose input has another number of bins raises it when it is
+            called.
 
     After an error the pipeline is as it was. Warns where the pipeline is known to fail without litefocus too, and names
-    the mend. Source: arXiv 2407.10468, whose published patch covers the levels with 8 bins of AudioLDM 2.
+    the mend; and where a layer that is about to focus goes through a processor that may do more than attend, since
+    focused calls pass by what it adds, counts, records or edits. Source: arXiv 2407.10468, whose published patch covers
+    the levels with 8 bins of AudioLDM 2.
 
     >>> import litefocus
     >>> from diffusers import AudioLDM2Pipeline
@@ -84,6 +103,7 @@ def patch(
     planned = plan("patch", pipe, config, freq_bins, freq_axis, options)
     _check_some_layer_qualifies(planned)
     warn_of_known_problems(pipe)
+    _warn_of_starving_processors(planned)
     unet = planned.target.unet
     with _lock:
         entry = Entry(planned)
@@ -323,6 +343,25 @@ class Patch:
     def _status(self) -> Status | None:
         unet = self._unet()
         return None if unet is None else status_of(Target(self._owner, unet, self._geometry))
+
+
+def _warn_of_starving_processors(planned: Plan) -> None:
+    """Warn where a layer that is about to focus goes through something that may do more than attend."""
+    starving: Counter[str] = Counter()
+    for layer, grid in zip(planned.layers, planned.grids, strict=True):
+        processor = get_processor(layer.attn)
+        name = type(processor).__name__
+        if isinstance(processor, OriginalAttention):  # a `forward` that was set on a layer of the authors' code
+            name = "AttnProcessor" if processor.forward is None else f"forward of {type(processor.forward).__name__}"
+        if name not in PLAIN_PROCESSORS and ours_in(processor) is None and grid.keys_kept(LONG_CLIP) < 1:
+            starving[name] += 1
+    if starving:
+        found = " and ".join(f"{name} ({count} layers)" for name, count in starving.items())
+        warnings.warn(
+            f"layers that are to focus go through {found}, which focused calls pass by: what it adds, counts, records "
+            "or edits there is lost until unpatch",
+            stacklevel=3,
+        )
 
 
 def _check_some_layer_qualifies(planned: Plan) -> None:

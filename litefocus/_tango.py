@@ -38,8 +38,9 @@ class PrepareLatents:
 def set_duration(tango: Any, seconds: float | None) -> None:
     """Make `tango.generate(prompt)` produce clips of `seconds` seconds, on this object only.
 
-    Independent of `patch`; but it is the long clips that get faster by it. Mustango's own code conditions on beats and
-    chords of at most 10 seconds: longer clips, like its own of 10.24 s, go without beats from there on.
+    Independent of `patch`; but it is the long clips that get faster by it. Mustango's own code
+    drops every beat that it predicts at 10 seconds or later, and predicts chords for the beats that are left: longer
+    clips, like its own of 10.24 s, go without beats from there on.
 
     Args:
         tango: a Tango, Tango 2 or Mustango object. Its own code has no argument for the length.

@@ -58,8 +58,9 @@ class Plan:
 
 
 def resolve(pipe: Any) -> Target:
-    """The UNet of a pipeline, or `pipe` itself if it is one. Raises TypeError where there is none."""
+    """The UNet of a pipeline, or `pipe` itself if it is one. Raises TypeError where there is none, or several."""
     pipe = unwrapped(pipe)
+    _check_not_several(pipe)
     seen = []
     for path in UNET_PATHS:
         candidate = pipe
@@ -67,10 +68,9 @@ def resolve(pipe: Any) -> Target:
             candidate = unwrapped(getattr(candidate, name, None))
         if candidate is None:
             continue
-        if isinstance(candidate, nn.Module) and (_is_diffusers_unet(candidate) or _compvis.is_unet(candidate)):
-            # adapters pass on the attributes of the UNet that they hold
-            holders = (part for part in candidate.modules() if not UNET_PARTS.isdisjoint(part._modules))
-            return Target(type(pipe).__name__, next(holders, candidate), latent_geometry(pipe))
+        unet = _unet_in(candidate)
+        if unet is not None:
+            return Target(type(pipe).__name__, unet, latent_geometry(pipe))
         seen.append((path, candidate))
     raise TypeError(_why_not(pipe, seen))
 
@@ -94,6 +94,11 @@ def plan(
         raise ValueError(
             f"freq_axis={freq_axis!r} contradicts {target.owner}, whose latent is (time, frequency); "
             "leave freq_axis out"
+        )
+    if freq_axis == "width" and _makes_images(pipe):
+        raise ValueError(
+            f"{target.owner} makes pictures of spectrograms, whose height is frequency; pass "
+            'freq_axis="height", with freq_bins=64 (Riffusion) or 32 (Auffusion). For others, pass the UNet alone'
         )
     bins = input_freq_bins(target.owner, target.geometry, freq_bins)
     layers = tuple(target.layers)
@@ -125,6 +130,40 @@ def warn_of_known_problems(pipe: Any) -> None:
             'subfolder="language_model"), the same weights',
             stacklevel=3,
         )
+
+
+def _check_not_several(pipe: Any) -> None:
+    """Raise TypeError for an object that holds several UNets, as the training classes of ConsistencyTTA do."""
+    if _unet_in(pipe) is not None:
+        return
+    unets: dict[int, str] = {}
+    for prefix, owner in (("", pipe), ("model.", unwrapped(getattr(pipe, "model", None)))):
+        children = owner._modules if isinstance(owner, nn.Module) else {}
+        for name, value in (*getattr(owner, "__dict__", {}).items(), *children.items()):
+            unet = _unet_in(unwrapped(value))
+            if unet is not None:
+                unets.setdefault(id(unet), prefix + name)
+    if len(unets) > 1:
+        geometry = latent_geometry(pipe)
+        raise TypeError(
+            f"{type(pipe).__name__} holds {len(unets)} UNets ({', '.join(unets.values())}), and a call decides which "
+            f"of them it uses; pass that one, as in litefocus.patch(pipe.{list(unets.values())[-1]}, "
+            f"freq_bins={geometry.freq_bins if geometry else '...'})"
+        )
+
+
+def _makes_images(pipe: Any) -> bool:
+    """Whether the VAE decodes to pictures in colour, as those of Stable Diffusion's kin do."""
+    config = getattr(getattr(unwrapped(pipe), "vae", None), "config", None)
+    return getattr(config, "in_channels", None) == 3
+
+
+def _unet_in(module: Any) -> nn.Module | None:
+    """The UNet that `module` is, or that it holds and passes on the attributes of, as adapters do; None for others."""
+    if not isinstance(module, nn.Module) or not (_is_diffusers_unet(module) or _compvis.is_unet(module)):
+        return None
+    holders = (part for part in module.modules() if not UNET_PARTS.isdisjoint(part._modules))
+    return next(holders, module)
 
 
 def _is_diffusers_unet(module: nn.Module) -> bool:

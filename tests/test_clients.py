@@ -1,11 +1,12 @@
 """Models that are no AudioLDM, AudioLDM 2 or MusicLDM pipeline of diffusers: the authors' own code (the real classes of
-the packages audioldm and audioldm2), objects of the shape of Tango's, Mustango's and ConsistencyTTA's, frequency-major
-pipelines, and what must be refused.
+the packages audioldm, audioldm2 and audiosr), objects of the shape of Tango's, Mustango's and ConsistencyTTA's,
+frequency-major pipelines, and what must be refused.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import itertools
 import types
@@ -17,11 +18,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+)
 from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
 from support.authors import VARIANTS, authors, cross_attention, original_unet, run_original
 from support.oracle import Grids, biased_attention, install_oracle
-from support.pipelines import JOINT, build, shared_parts, t5_tokenizer
+from support.pipelines import JOINT, audioldm2_unet, audioldm_unet, build, shared_parts, t5_tokenizer
 from torch import Tensor, nn
 from transformers import GPT2Model, T5Config, T5EncoderModel
 
@@ -75,20 +82,20 @@ def test_original_code_is_that_of_masked_dense_attention(variant: str) -> None:
     assert {layer.state for layer in status.layers} == {"focus"}
 
 
-@pytest.mark.parametrize("variant", ["audioldm", "audioldm2 full"])
+@pytest.mark.parametrize("variant", ["audioldm", "audioldm2 full", "audiosr"])
 def test_original_code_is_restored_and_its_dense_layers_are_the_same(variant: str) -> None:
-    unet = original_unet(variant)
-    before = run_original(unet)
-    with litefocus.patch(unet, freq_bins=16, sparse_ratio=1.0):  # every self-attention call left dense
-        torch.testing.assert_close(run_original(unet), before, atol=1e-5, rtol=1e-4)
+    unet, bins = original_unet(variant), VARIANTS[variant][1]
+    before = run_original(unet, bins=bins)
+    with litefocus.patch(unet, freq_bins=bins, sparse_ratio=1.0):  # every self-attention call left dense
+        torch.testing.assert_close(run_original(unet, bins=bins), before, atol=1e-5, rtol=1e-4)
         assert litefocus.status(unet).layers[0].name == "input_blocks.4.1.transformer_blocks.0.attn1"
-        with litefocus.patch(unet, ALL, freq_bins=16, sparse_ratio=0.2):
-            assert not torch.allclose(run_original(unet), before, atol=1e-4)
-        torch.testing.assert_close(run_original(unet), before, atol=1e-5, rtol=1e-4)
-    assert torch.equal(run_original(unet), before)
-    litefocus.patch(unet, ALL, freq_bins=16)
+        with litefocus.patch(unet, ALL, freq_bins=bins, sparse_ratio=0.2):
+            assert not torch.allclose(run_original(unet, bins=bins), before, atol=1e-4)
+        torch.testing.assert_close(run_original(unet, bins=bins), before, atol=1e-5, rtol=1e-4)
+    assert torch.equal(run_original(unet, bins=bins), before)
+    litefocus.patch(unet, ALL, freq_bins=bins)
     litefocus.unpatch(unet)
-    assert torch.equal(run_original(unet), before)
+    assert torch.equal(run_original(unet, bins=bins), before)
     assert not any("forward" in layer.__dict__ for layer in cross_attention(unet).values())
 
 
@@ -96,9 +103,10 @@ def test_original_code_keeps_a_forward_that_was_set_on_a_layer() -> None:
     unet = original_unet("audioldm2 full")
     layer = unet.input_blocks[4][1].transformer_blocks[0].attn1
     mine = layer.forward = lambda x, context=None, mask=None: torch.zeros_like(x)
-    litefocus.patch(unet, freq_bins=16, sparse_ratio=1.0)
+    with pytest.warns(UserWarning, match=r"go through forward of function \(1 layers\), which focused calls pass by"):
+        litefocus.patch(unet, freq_bins=16)
     assert layer.forward is not mine
-    assert not layer.forward(torch.ones(1, 32, 64)).any()  # mine, for what is left dense
+    assert not layer.forward(torch.ones(1, 32, 64), torch.ones(1, 3, 64)).any()  # mine, for what is left dense
     litefocus.unpatch(unet)
     assert layer.forward is mine
 
@@ -351,7 +359,7 @@ class OldProcessor:
         return attn.to_out[1](attn.to_out[0]((scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)))
 
 
-NEWER = ("residual_connection", "rescale_output_factor", "spatial_norm", "norm_q", "norm_k")
+NEWER = ("is_cross_attention", "residual_connection", "rescale_output_factor", "spatial_norm", "norm_q", "norm_k")
 
 
 def make_old(unet: nn.Module) -> None:
@@ -361,6 +369,10 @@ def make_old(unet: nn.Module) -> None:
                 if hasattr(module, name):
                     delattr(module, name)
             module.set_processor(OldProcessor())
+
+
+# what the plain processor of those versions is called
+OldProcessor.__name__ = "AttnProcessor"
 
 
 class MusicBlock(CrossAttnDownBlock2D):
@@ -403,6 +415,91 @@ def test_layers_of_old_diffusers(music: bool) -> None:
     assert all(isinstance(m.processor, OldProcessor) for m in unet.modules() if isinstance(m, Attention))
 
 
+def called_without_encoder(unet: nn.Module, *arguments: Any, **conditions: Any) -> set[str]:
+    """The attention layers that a call of a UNet runs without encoder states."""
+    called, handles = set(), []
+    for name, module in unet.named_modules():
+        if isinstance(module, Attention):
+
+            def note(_module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                if (args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")) is None:
+                    called.add(name)
+
+            handles.append(module.register_forward_pre_hook(note, with_kwargs=True))
+    with torch.no_grad():
+        unet(*arguments, **conditions)
+    for handle in handles:
+        handle.remove()
+    return called
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["this diffusers", "before 0.25"])
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [("Tango", 16), ("AudioLDM", 20), ("AudioLDM 2", 60), ("AudioLDM 2, widths apart", 60)],
+)
+def test_an_encoder_as_wide_as_a_block_is_not_taken_for_self_attention(kind: str, count: int, old: bool) -> None:
+    """Before 0.25 a layer does not say is_cross_attention; the transformer around it says what it was built for."""
+    x, conditions = torch.randn(2, 8, 24, 16), {}
+    if kind == "Tango":  # ConsistencyTTA's published widths coincide: blocks of 1024, an encoder of 1024
+        unet = tango_unet(block_out_channels=(32, 32, 64, 64), cross_attention_dim=32)
+        conditions = {"encoder_hidden_states": torch.randn(2, 5, 32)}
+    elif kind == "AudioLDM":  # its attn2 says that it is cross-attention, and is not
+        unet = audioldm_unet()
+        conditions = {"encoder_hidden_states": None, "class_labels": torch.randn(2, JOINT)}
+    else:
+        first, second = (18, JOINT) if kind.endswith("apart") else (32, 64)
+        channels = (8, 16, 24, 40) if kind.endswith("apart") else (32, 32, 64, 64)
+        unet = audioldm2_unet(channels, (None, first, second, None))
+        conditions = {
+            "encoder_hidden_states": torch.randn(2, 4, first),
+            "encoder_hidden_states_1": torch.randn(2, 6, second),
+        }
+    expected = called_without_encoder(unet, x, 7, **conditions)
+    assert len(expected) == count
+    if old:
+        make_old(unet)
+    litefocus.patch(unet, freq_bins=16)
+    assert {layer.name for layer in litefocus.status(unet).layers} == expected
+
+
+def test_step_flops_count_every_transformer_of_mustango() -> None:
+    """Against a hook on every convolution, projection and attention that runs."""
+    unet = tango_unet(attention_head_dim=2)
+    for block in unet.down_blocks[:3]:
+        block.__class__ = MusicBlock
+        block.attentions2, block.attentions3 = copy.deepcopy(block.attentions), copy.deepcopy(block.attentions)
+    total, handles = 0, []
+
+    def count(module: Any, args: Any, output: Any) -> None:
+        nonlocal total
+        tokens = output.shape[2:].numel() if output.ndim == 4 else output.shape[1]
+        if isinstance(module, Attention):
+            total += 4 * tokens**2 * module.to_q.out_features
+        else:
+            total += 2 * module.weight.numel() * tokens
+
+    for name, module in unet.named_modules():
+        if isinstance(module, nn.Linear):
+            counted = "attentions" in name and not name.endswith(("attn2.to_k", "attn2.to_v"))
+        else:
+            counted = name.endswith("attn1") or (isinstance(module, nn.Conv2d) and name not in ("conv_in", "conv_out"))
+        if counted:
+            handles.append(module.register_forward_hook(count))
+    with torch.no_grad():
+        unet(torch.randn(1, 8, 250, 16), 7, torch.randn(1, 5, JOINT))
+    assert len(handles) > 200
+    mustango = types.SimpleNamespace(model=types.SimpleNamespace(unet=unet), vae=TangoVAE())
+    status = litefocus.status(mustango, seconds=10)
+    assert status.flops is not None
+    assert status.flops.dense == total
+
+
+def test_set_duration_tells_what_mustango_leaves_out() -> None:
+    assert "Mustango" in litefocus.set_duration.__doc__
+    assert "10 seconds" in litefocus.set_duration.__doc__
+
+
 @pytest.mark.parametrize("name", ["unet", "student_unet"])
 def test_consistency_tta(name: str) -> None:
     model = types.SimpleNamespace(**{name: tango_unet()}, vae=TangoVAE())
@@ -415,6 +512,157 @@ def test_consistency_tta(name: str) -> None:
         (2, "dense"): 1,
     }
     assert litefocus.status(model, seconds=10).layers[0].frames == 250
+
+
+class AudioLCM(nn.Module):
+    """ConsistencyTTA's training class, which infers with one of two copies of the UNet that it trains."""
+
+    def __init__(self, vae: nn.Module | None) -> None:
+        super().__init__()
+        self.teacher_unet, self.student_unet = tango_unet(), tango_unet()
+        self.student_target_unet = copy.deepcopy(self.student_unet)
+        self.student_ema_unet = copy.deepcopy(self.student_unet)
+        self.vae = vae
+
+    def inference(self, use_ema: bool) -> Tensor:
+        unet = self.student_ema_unet if use_ema else self.student_target_unet
+        noise = torch.randn(1, 8, 24, 16, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            return unet(noise, 7, torch.ones(1, 5, JOINT)).sample
+
+
+@pytest.mark.parametrize("call", [litefocus.patch, litefocus.status, litefocus.unpatch])
+@pytest.mark.parametrize("held", [lambda model: model, lambda model: types.SimpleNamespace(model=model)])
+def test_an_object_with_several_unets_is_refused(call: Callable[[Any], Any], held: Callable[[Any], Any]) -> None:
+    model = AudioLCM(TangoVAE())
+    unets = r"teacher_unet, (model\.)?student_unet, (model\.)?student_target_unet, (model\.)?student_ema_unet"
+    with pytest.raises(TypeError, match=rf"holds 4 UNets \((model\.)?{unets}\).*litefocus\.patch\(pipe\."):
+        call(held(model))
+    with pytest.raises(TypeError, match=r"student_ema_unet, freq_bins=16\)" if held(model) is model else "freq_bins="):
+        call(held(model))
+
+
+class Adapter(nn.Module):
+    """As image adapters do: holds a UNet and passes on its attributes."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.inner = unet
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules["inner"], name)
+
+
+def test_one_unet_under_several_names_is_one() -> None:
+    unet = tango_unet()
+    pipe = types.SimpleNamespace(unet=unet, adapter=Adapter(unet), model=types.SimpleNamespace(unet=unet))
+    litefocus.patch(pipe, freq_bins=16)
+    assert len(litefocus.status(unet).layers) == 16
+    pipe.adapter = Adapter(tango_unet())
+    with pytest.raises(TypeError, match=r"holds 2 UNets \(unet, adapter\)"):
+        litefocus.status(pipe)
+
+
+@pytest.mark.parametrize(("use_ema", "name"), [(True, "student_ema_unet"), (False, "student_target_unet")])
+def test_the_unet_that_it_infers_with_is_accepted(use_ema: bool, name: str) -> None:
+    torch.manual_seed(0)
+    model = AudioLCM(None)
+    with pytest.raises(TypeError, match=rf"holds 4 UNets .*{name}.*freq_bins=\.\.\.\)"):
+        litefocus.patch(model)
+    dense = [model.inference(True), model.inference(False)]
+    litefocus.patch(getattr(model, name), freq_bins=16, min_sampled=2, sparse_ratio=0.05)
+    changed = [
+        not torch.allclose(model.inference(ema), before, atol=1e-4)
+        for ema, before in zip((True, False), dense, strict=True)
+    ]
+    assert changed == [use_ema, not use_ema]
+
+
+# --- processors that do more than attend -----------------------------------------------------------------------------
+
+
+class AttentionStore:
+    """A recorder in the manner of prompt-to-prompt editing: it counts its calls, and a step is all layers' calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> Tensor:
+        self.calls += 1
+        return AttnProcessor2_0()(attn, *args, **kwargs)
+
+
+def attention_layers(unet: nn.Module) -> list[Any]:
+    return [module for module in unet.modules() if isinstance(module, Attention)]
+
+
+def test_warns_of_a_processor_that_focused_calls_pass_by() -> None:
+    unet, store = tango_unet(), AttentionStore()
+    run = functools.partial(unet, torch.randn(1, 8, 64, 16), 7, torch.randn(1, 5, JOINT))
+    for layer in attention_layers(unet):
+        layer.set_processor(store)
+    with torch.no_grad():
+        run()
+        assert store.calls == 32
+        with pytest.warns(
+            UserWarning, match=r"go through AttentionStore \(16 layers\), .* lost until unpatch"
+        ) as caught:
+            litefocus.patch(unet, ALL, freq_bins=16)
+        assert len(caught) == 1
+        assert caught[0].filename == __file__
+        litefocus.patch(unet, ALL, freq_bins=16)  # what it now replaces is its own
+        run()
+        assert store.calls == 48  # cross-attention alone
+        litefocus.unpatch(unet)
+        run()
+        assert store.calls == 80
+
+
+def test_warns_of_layers_that_are_about_to_focus_alone() -> None:
+    unet = tango_unet()
+    for layer in attention_layers(unet.mid_block):  # 2 bins
+        layer.set_processor(AttentionStore())
+    litefocus.patch(unet, freq_bins=16, min_freq_bins=4)
+    for layer in attention_layers(unet.down_blocks[0]):
+        if layer.is_cross_attention:
+            layer.set_processor(AttentionStore())
+    litefocus.unpatch(unet)
+    litefocus.patch(unet, freq_bins=16, min_freq_bins=4)
+
+
+@pytest.mark.parametrize(
+    "processor", [AttnProcessor, AttnProcessor2_0, functools.partial(SlicedAttnProcessor, 1), FusedAttnProcessor2_0]
+)
+def test_plain_processors_are_no_reason_to_warn(processor: Callable[[], Any]) -> None:
+    unet = tango_unet()
+    for layer in attention_layers(unet):
+        layer.set_processor(processor())
+    litefocus.patch(unet, freq_bins=16)
+
+
+class EditingPipeline(StableDiffusionPipeline):
+    """As Auffusion's prompt-to-prompt pipeline: it installs its processors at the start of every call."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for layer in attention_layers(self.unet):
+            layer.set_processor(AttentionStore())
+        return super().__call__(*args, **kwargs)
+
+
+def test_a_client_that_installs_processors_at_every_call_undoes_the_patch_and_status_says_so() -> None:
+    pipe = image_pipeline()
+    pipe.__class__ = EditingPipeline
+    dense = latent(pipe, 32, 16)
+    with pytest.warns(UserWarning, match="AttentionStore"):
+        litefocus.patch(pipe, freq_bins=32, freq_axis="height")
+    assert {layer.state for layer in litefocus.status(pipe).layers} == {"focus"}
+    assert torch.equal(latent(pipe, 32, 16), dense)
+    assert {layer.state for layer in litefocus.status(pipe).layers} == {"overwritten by AttentionStore"}
+    litefocus.unpatch(pipe)
+    assert all(isinstance(layer.processor, AttentionStore) for layer in attention_layers(pipe.unet))
 
 
 # --- frequency-major: the latent is an image, frequency along its height ----------------------------------------------
@@ -480,6 +728,20 @@ def test_frequency_major(height: int, width: int, bins: set[int]) -> None:
     assert {layer.freq_bins for layer in litefocus.status(pipe).layers} == bins
     litefocus.unpatch(pipe)
     assert torch.equal(latent(pipe, height, width), dense)
+
+
+@pytest.mark.parametrize("options", [{}, {"freq_bins": 64}, {"freq_bins": 16, "freq_axis": "width"}])
+def test_a_forgotten_frequency_axis_is_an_error(options: dict[str, Any]) -> None:
+    """Of a square latent, as Riffusion's, no call could tell it."""
+    pipe = image_pipeline()
+    message = r'StableDiffusionPipeline makes pictures .* freq_axis="height", with freq_bins=64 \(Riffusion\) or 32'
+    with pytest.raises(ValueError, match=message):
+        litefocus.patch(pipe, **options)
+    with pytest.raises(ValueError, match=r'freq_axis="height", with 64 or 32 bins|freq_axis="height", with freq_bins'):
+        litefocus.patch(pipe, freq_axis="height")
+    litefocus.patch(pipe.unet, freq_bins=12)  # the UNet alone may lie otherwise, which its call tells
+    with pytest.raises(ValueError, match=r'\(frequency, time\) is freq_axis="height", freq_bins=32'):
+        latent(pipe, 32, 16)
 
 
 class TracedUNet(nn.Module):

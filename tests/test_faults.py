@@ -888,9 +888,11 @@ def trained_unet() -> UNet2DConditionModel:
     return unet.eval()
 
 
+over_trained = pytest.mark.filterwarnings("ignore:layers that are to focus go through Trained")
 ON_ONE_LEVEL = {"min_freq_bins": 16}  # the level of 8 bins goes through its own processors, patched or not
 
 
+@over_trained
 def test_weights_of_processors_stay_where_they_are() -> None:
     unet = trained_unet()
     before = {name: id(value) for name, value in unet.state_dict(keep_vars=True).items()}
@@ -908,6 +910,7 @@ def test_weights_of_processors_stay_where_they_are() -> None:
     assert all(map(operator.is_, unet.attn_processors.values(), originals.values()))
 
 
+@over_trained
 def test_weights_of_processors_move_and_change_mode_with_the_unet() -> None:
     unet = trained_unet()
     originals = [attn.processor for attn in self_attention(unet).values()]
@@ -925,6 +928,7 @@ def test_weights_of_processors_move_and_change_mode_with_the_unet() -> None:
         assert run(unet, latent().double()).dtype == torch.float64
 
 
+@over_trained
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda unet: pickle.loads(pickle.dumps(unet))], ids=["copy", "pickle"])
 def test_weights_of_processors_are_copied_with_the_unet(how: Callable[[Any], Any]) -> None:
     unet = trained_unet()
@@ -944,6 +948,7 @@ def test_weights_of_processors_are_copied_with_the_unet(how: Callable[[Any], Any
     assert_same(run(unet), dense(2))
 
 
+@over_trained
 def test_weights_of_processors_are_trained() -> None:
     """A step of gradient descent through a patched UNet changes the weights of the processors that it still goes by."""
     unet = trained_unet()
@@ -1267,6 +1272,7 @@ def made_by_an_unused_probe(unet: Any) -> Any:
     return litefocus.probe(unet, freq_bins=BINS)
 
 
+@over_trained
 @pytest.mark.parametrize(
     "make",
     [

@@ -481,10 +481,12 @@ def explore(machine: type[RuleBasedStateMachine], examples: int, steps: int) -> 
     )
 
 
+@pytest.mark.filterwarnings("ignore:layers that are to focus go through Recorder")
 def test_sequences() -> None:
     explore(Sequences, examples=60, steps=25)
 
 
+@pytest.mark.filterwarnings("ignore:layers that are to focus go through Recorder")
 def test_sequences_with_a_compiler() -> None:
     torch._dynamo.reset()
     explore(CompiledSequences, examples=3, steps=20)

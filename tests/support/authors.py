@@ -1,4 +1,4 @@
-"""The UNets of the authors' packages audioldm and audioldm2: the real classes, small random weights."""
+"""The UNets of the authors' packages audioldm, audioldm2 and audiosr: the real classes, small random weights."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def original_unet(variant: str) -> nn.Module:
     """The authors' UNet with the settings of their configurations, at a quarter of the width. Their output
     layers start at zero, which would hide everything.
     """
-    package, module = ("audioldm", "latent_diffusion.openaimodel")
-    if variant != "audioldm":
-        package, module = "audioldm2", "latent_diffusion.modules.diffusionmodules.openaimodel"
+    package, module = variant.split()[0], "latent_diffusion.modules.diffusionmodules.openaimodel"
+    if package == "audioldm":
+        module = "latent_diffusion.openaimodel"
     settings = {
         "image_size": 64,
         "in_channels": 8,
@@ -61,6 +61,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], int, int, int]] = {  # settings, bins 
         64,
         64,
     ),
+    # the latent of the clip to be mended comes on top of the noise
+    "audiosr": ({"in_channels": 32, "out_channels": 16, "extra_sa_layer": True}, 32, 64, 64),
 }
 
 
@@ -70,7 +72,7 @@ def run_original(unet: Any, frames: int = 24, bins: int = 16) -> Tensor:
     conditions: dict[str, Any] = {}
     if unet.extra_film_condition_dim:
         conditions["y"] = draw(2, unet.extra_film_condition_dim)
-    if "audioldm2" in type(unet).__module__:
+    if not type(unet).__module__.startswith("audioldm."):
         widths = [layer.to_k.in_features for name, layer in cross_attention(unet).items() if "input_blocks.4." in name]
         widths = list(dict.fromkeys(width for width in widths if width != 64))
         conditions["context_list"] = [draw(2, 5, width) for width in widths]
