@@ -121,8 +121,10 @@ class LiteFocusAttnProcessor:
         installed = installed_on(attn)
         grid = self.grid if installed is None else installed.grid
         original = self.original
+        if original is None and installed is not None:
+            original = installed.original
         if original is None:
-            original = default_processor() if installed is None else installed.original
+            original = default_processor()
         focus = None
         if grid is not None and encoder_hidden_states is None and attention_mask is None:
             # which grid? operator.index: a plain int under torch.compile's dynamic shapes too, as the index needs one
