@@ -8,5 +8,5 @@ python=${1:-python}
 for prompt in "a fast tabla rhythm" "a slow bell" "a medium breakbeat" "a medium guitar phrase"; do
     "$python" ../generate.py "$prompt" --compare --runs 1 --output "$(echo "$prompt" | tr ' ' '_').mp3"
 done
-"$python" ../generate.py "a medium breakbeat" --seconds 180 --output three_minutes.mp3
+"$python" ../generate.py "a fast tabla rhythm" --seconds 180 --output three_minutes.mp3
 rm -f ./*.png
