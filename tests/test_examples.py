@@ -442,3 +442,13 @@ def test_the_notebook_runs_from_any_folder(tmp_path: Path) -> None:
     assert sum("<audio" in str(cell.outputs) for cell in cells) == 3
     assert sum("image/png" in str(cell.outputs) for cell in cells) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_sounds_are_pairs_and_small() -> None:
+    clips = {path.stem: soundfile.info(path) for path in (EXAMPLES / "sounds").glob("*.mp3")}
+    assert clips.pop("three_minutes").duration == pytest.approx(180, abs=0.1)
+    patched = [stem for stem in clips if not stem.endswith("_dense")]
+    assert len(patched) == 4
+    assert sorted(clips) == sorted([*patched, *(f"{stem}_dense" for stem in patched)])
+    assert {round(clip.duration, 1) for clip in clips.values()} == {20.0}
+    assert sum(path.stat().st_size for path in (EXAMPLES / "sounds").iterdir()) < 2e6
