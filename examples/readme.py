@@ -95,6 +95,11 @@ def figures() -> str:
     return "\n".join(lines) + "\n"
 
 
+def gibibytes(size: float) -> str:
+    """With one decimal."""
+    return f"{size / 2**30:.1f} GiB" if size >= 0.05 * 2**30 else "< 0.1 GiB"
+
+
 def published() -> Any:
     """VAE and vocoder of AudioLDM 2 at their published widths, in float16 and without memory."""
     with torch.device("meta"):
@@ -127,7 +132,7 @@ def memory() -> str:
     lines = ["| float16, beside the weights | " + " | ".join(f"{length:g} s" for length in SECONDS) + " |"]
     lines.append("| --- |" + " --- |" * len(SECONDS))
     for name, sizes in rows.items():
-        cells = ["not measured" if size is None else f"{size / 2**30:.1f} GiB" for size in sizes]
+        cells = ["not measured" if size is None else gibibytes(size) for size in sizes]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
