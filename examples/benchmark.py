@@ -481,6 +481,27 @@ def summed(
 # ------------------------------------------------------------------------------------------------ the whole pipeline
 
 
+def decoders() -> tuple[nn.Module, nn.Module]:
+    """VAE and vocoder of AudioLDM 2 at their published widths."""
+    from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
+
+    vae = AutoencoderKL(
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(128, 256, 512),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=8,
+    )
+    config = SpeechT5HifiGanConfig(
+        model_in_dim=64,
+        upsample_initial_channel=1024,
+        upsample_rates=(5, 4, 2, 2, 2),
+        upsample_kernel_sizes=(16, 16, 8, 4, 4),
+    )
+    return vae, SpeechT5HifiGan(config)
+
+
 def stages(seconds: float, args: argparse.Namespace, bar: Any) -> Iterator[dict[str, Any]]:
     """Time and peak memory of every stage of AudioLDM 2 at its published widths, random weights, one prompt."""
     from transformers import (
@@ -488,8 +509,6 @@ def stages(seconds: float, args: argparse.Namespace, bar: Any) -> Iterator[dict[
         ClapTextModelWithProjection,
         GPT2Config,
         GPT2LMHeadModel,
-        SpeechT5HifiGan,
-        SpeechT5HifiGanConfig,
         T5Config,
         T5EncoderModel,
     )
@@ -530,15 +549,7 @@ def stages(seconds: float, args: argparse.Namespace, bar: Any) -> Iterator[dict[
         yield stage(f"UNet, {args.steps} steps, {method}", functools.partial(unet, **given), args.steps)
     del pipe, unet
 
-    vae = AutoencoderKL(
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(128, 256, 512),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=8,
-    )
-    vae = vae.eval().to(**kind)
+    vae, vocoder = (model.eval().to(**kind) for model in decoders())
     tokens = 16 * frames
     q, k, v = torch.randn(3, 1, 1, tokens, 512, **kind)
     part = max(1, tokens // 4096)  # its time is proportional to the queries: a part of them tells
@@ -551,15 +562,6 @@ def stages(seconds: float, args: argparse.Namespace, bar: Any) -> Iterator[dict[
     latents = torch.randn(1, 8, frames, 16, **kind)
     del q, k, v
     yield stage("of VAE decode: everything else", lambda: vae.decode(latents).sample)
-    vocoder = SpeechT5HifiGan(
-        SpeechT5HifiGanConfig(
-            model_in_dim=64,
-            upsample_initial_channel=1024,
-            upsample_rates=(5, 4, 2, 2, 2),
-            upsample_kernel_sizes=(16, 16, 8, 4, 4),
-        )
-    )
-    vocoder = vocoder.eval().to(**kind)
     mel = torch.randn(1, 4 * frames, 64, **kind)
     yield stage("vocoder", lambda: vocoder(mel))
 

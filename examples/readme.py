@@ -17,8 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
-from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
+from benchmark import decoders
 
 from litefocus._decoding import Tiles, decoding_bytes
 
@@ -100,29 +99,12 @@ def gibibytes(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 0.05 * 2**30 else "< 0.1 GiB"
 
 
-def published() -> Any:
-    """VAE and vocoder of AudioLDM 2 at their published widths, in float16 and without memory."""
-    with torch.device("meta"):
-        vae = AutoencoderKL(
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(128, 256, 512),
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            latent_channels=8,
-        )
-        config = SpeechT5HifiGanConfig(
-            model_in_dim=64,
-            upsample_initial_channel=1024,
-            upsample_rates=(5, 4, 2, 2, 2),
-            upsample_kernel_sizes=(16, 16, 8, 4, 4),
-        )
-        return SimpleNamespace(vae=vae.half(), vocoder=SpeechT5HifiGan(config).half())
-
-
 def memory() -> str:
     """What a clip needs beside the weights, by its length."""
-    times, pipe = json.loads((HERE / "benchmark.json").read_text())["rows"], published()
+    times = json.loads((HERE / "benchmark.json").read_text())["rows"]
+    with torch.device("meta"):
+        vae, vocoder = decoders()
+    pipe = SimpleNamespace(vae=vae.half(), vocoder=vocoder.half())
     steps = [row_of(times, model=TIMED, method="litefocus", seconds=length, dtype="float32") for length in SECONDS]
     rows = {
         "a UNet step, patched": [None if row is None else row["peak_mb"] / 2 * 1e6 for row in steps],
