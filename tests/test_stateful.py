@@ -524,7 +524,8 @@ def own_or_newer(unet: nn.Module, outputs: list[Tensor], threads: int, rounds: i
                     output = run(unet)
                 finally:
                     handle.__exit__(None, None, None)
-                allowed = set(events[begun:])
+                with lock:  # whoever has put another patch in force has logged it then
+                    allowed = set(events[begun:])
                 if not any(torch.equal(output, outputs[other]) for other in allowed):
                     known = [other for other in range(threads) if torch.equal(output, outputs[other])]
                     wrong.append(f"thread {thread} saw {known or 'a mixture'}, not one of {sorted(allowed)}")
