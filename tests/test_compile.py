@@ -72,9 +72,15 @@ class CountUNets:
 
 
 @pytest.mark.parametrize(
-    ("config", "warm", "dynamic"),
-    [(WEIGHTED, False, None), (PAPER, True, None), (WEIGHTED, True, True)],
-    ids=["patched, then compiled", "run, then compiled", "run, then compiled with dynamic shapes"],
+    ("unet", "config", "warm", "dynamic"),
+    [
+        ("AudioLDM", WEIGHTED, False, None),
+        ("AudioLDM", PAPER, True, None),
+        ("AudioLDM", WEIGHTED, True, True),
+        ("AudioLDM 2", WEIGHTED, True, None),  # twice as long to compile, through the same layers
+    ],
+    ids=["patched, then compiled", "run, then compiled", "run, then compiled with dynamic shapes", "AudioLDM 2"],
+    indirect=["unet"],
 )
 def test_compiles_without_a_graph_break(unet, config, warm, dynamic) -> None:
     litefocus.patch(unet, config, freq_bins=16)
