@@ -90,7 +90,7 @@ class Watched:
 def _see(watched: Watched, num_frames: int) -> None:
     """What a compiler runs when it traces the UNet, before it comes to its layers."""
     watched.see(num_frames)
-    _running.set(watched._others())  # a call that was interrupted is not this one
+    watched.end(finished=False)  # a call that was interrupted is not this one
 
 
 class Watch:

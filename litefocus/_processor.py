@@ -42,9 +42,8 @@ class Installed:
     def grid(self) -> Grid | None:
         """The same for a call that runs, which keeps the patch of its beginning."""
         grids = self.watched.grids
-        if grids and not torch.compiler.is_compiling() and self.watched.call is not None:
-            grids = self.watched.call.grids
-        return grids.get(self.name)
+        call = self.watched.call if grids and not torch.compiler.is_compiling() else None
+        return (grids if call is None else call.grids).get(self.name)
 
 
 def installed_on(attn: Any) -> Installed | None:
@@ -123,8 +122,6 @@ class LiteFocusAttnProcessor:
         original = self.original
         if original is None and installed is not None:
             original = installed.original
-        if original is None:
-            original = default_processor()
         focus = None
         if grid is not None and encoder_hidden_states is None and attention_mask is None:
             # which grid? operator.index: a plain int under torch.compile's dynamic shapes too, as the index needs one
@@ -135,6 +132,7 @@ class LiteFocusAttnProcessor:
         elif grid is not None and encoder_hidden_states is None and not torch.compiler.is_compiling():
             grid.mismatch = "its calls bring a mask"
         if focus is None:
+            original = default_processor() if original is None else original
             return hand_on(original, attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
 
         residual, input_shape = hidden_states, hidden_states.shape

@@ -26,7 +26,7 @@ from diffusers.loaders import IPAdapterMixin
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from support.authors import authors
-from support.pipelines import build, generate
+from support.pipelines import build, generate, minimal_unet, sharpen
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
@@ -40,30 +40,23 @@ APART = 1e-3  # what other samples change at least; rounding changes less than a
 
 def small_unet(levels: int = 1, **overrides: Any) -> UNet2DConditionModel:
     """With cross-attention to a text, 16 bins at the input, as in Tango: 1 self-attention layer, or 4 on 2 levels."""
-    torch.manual_seed(0)
-    cross = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
-    blocks: dict[str, Any] = {"down_block_types": cross[:1], "mid_block_type": None, "up_block_types": ("UpBlock2D",)}
-    if levels == 2:
-        blocks = {"down_block_types": (cross[0], "DownBlock2D"), "up_block_types": ("UpBlock2D", cross[1])}
     settings: dict[str, Any] = {
         "in_channels": 4,
         "out_channels": 4,
-        "block_out_channels": (8, 16)[:levels],
-        "layers_per_block": 1,
         "cross_attention_dim": 12,
         "attention_head_dim": 2,
         "norm_num_groups": 4,
     }
-    unet = UNet2DConditionModel(**{**settings, **blocks, **overrides}).eval()
+    if levels == 2:
+        settings |= {
+            "block_out_channels": (8, 16),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "mid_block_type": "UNetMidBlock2DCrossAttn",
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        }
+    unet = minimal_unet(**{**settings, **overrides})
     sharpen(unet)
     return unet
-
-
-def sharpen(unet: nn.Module) -> None:
-    """Attention that counts, and that looks at few keys."""
-    for module in attention(unet).values():
-        module.to_q.weight.data *= 4
-        module.to_v.weight.data *= 4
 
 
 def attention(unet: nn.Module) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from support.oracle import install_oracle
-from support.pipelines import build, generate
+from support.pipelines import build, generate, minimal_unet
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,25 +34,8 @@ def timestep_of(draw: int) -> int:
         return next(t for t in range(1000) if draw_of(t) % DRAWS == draw)
 
 
-def tiny_unet() -> UNet2DConditionModel:
-    """Two self-attention layers on 8 bins: a call takes milliseconds."""
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        in_channels=2,
-        out_channels=2,
-        block_out_channels=(8,),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",),
-        mid_block_type=None,
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=2,
-        attention_head_dim=4,
-        cross_attention_dim=8,
-    ).eval()
-
-
 def patched(config: LiteFocusConfig = CONFIG) -> UNet2DConditionModel:
-    unet = tiny_unet()
+    unet = minimal_unet()
     litefocus.patch(unet, config, freq_bins=BINS)
     return unet
 

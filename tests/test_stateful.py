@@ -32,6 +32,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from support.pipelines import minimal_unet, sharpen
 from torch import Tensor, nn
 
 import litefocus
@@ -52,24 +53,8 @@ COPIES = 2  # UNets that are watched at once
 
 def tiny_unet() -> UNet2DConditionModel:
     """One level of 8 bins with two self-attention layers: a call takes milliseconds."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        in_channels=2,
-        out_channels=2,
-        block_out_channels=(8,),
-        layers_per_block=1,
-        transformer_layers_per_block=2,
-        down_block_types=("CrossAttnDownBlock2D",),
-        mid_block_type=None,
-        up_block_types=("UpBlock2D",),
-        cross_attention_dim=12,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    ).eval()
-    for module in unet.modules():
-        if isinstance(module, Attention):  # attention that looks at few keys: other samples, other outputs
-            module.to_q.weight.data *= 4
-            module.to_v.weight.data *= 4
+    unet = minimal_unet(transformer_layers_per_block=2, cross_attention_dim=12, attention_head_dim=2, norm_num_groups=4)
+    sharpen(unet)
     return unet
 
 

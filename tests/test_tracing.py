@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
+from support.pipelines import minimal_unet
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -70,19 +70,7 @@ class PatchedUNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        self.unet = UNet2DConditionModel(
-            in_channels=2,
-            out_channels=2,
-            block_out_channels=(8,),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D",),
-            mid_block_type=None,
-            up_block_types=("UpBlock2D",),
-            norm_num_groups=2,
-            attention_head_dim=4,
-            cross_attention_dim=8,
-        )
+        self.unet = minimal_unet()
         litefocus.patch(self.unet, CONFIG, freq_bins=BINS)
         self.inputs = (torch.randn(2, 2, FRAMES, BINS), torch.tensor(STEP))
 
