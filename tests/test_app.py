@@ -49,7 +49,10 @@ def page() -> Iterator[Page]:
             yield page
             browser.close()
         server.send_signal(signal.SIGINT)
-        assert server.wait(60) == 130
+        try:
+            assert server.wait(60) == 130
+        finally:
+            server.kill()  # harmless once it has ended; the block would wait for ever
 
 
 def test_a_prompt_becomes_a_clip_to_download(page: Page, pipe_and_settings: tuple[Any, dict[str, Any]]) -> None:
