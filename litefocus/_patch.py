@@ -21,6 +21,7 @@ from litefocus._compvis import OriginalAttention
 from litefocus._decoding import untile
 from litefocus._grid import Grid
 from litefocus._layers import get_processor, self_attention_layers, set_processor
+from litefocus._memory import between_blocks
 from litefocus._processor import Installed, LiteFocusAttnProcessor, installed_on, ours_in, processor_over
 from litefocus._status import LONG_CLIP, Status, status_of
 from litefocus._tango import restore_duration
@@ -141,6 +142,7 @@ def unpatch(pipe: Any) -> None:
         patches = patches_of(target.unet)
         if patches is not None:
             patches.keep(target.unet, [])
+        between_blocks(target.unet, False)
         for module in target.unet.modules():  # brought back by something that had kept them, or installed by hand
             take_off(module)
             processor = get_processor(module)
@@ -234,6 +236,7 @@ class Patches:
                 installed.watched = self.watched  # that of a layer which was copied into the UNet is a copy
                 if entry is None:
                     take_off(module)
+        between_blocks(unet, entry is not None)
         if entry is None:
             unet.__dict__.pop("_litefocus_patches", None)
             if self.watch is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from litefocus._call import Watched
 from litefocus._grid import Grid, focus_set_for
+from litefocus._memory import hand_back
 from litefocus._projection import attention_inputs
 from litefocus.attention import focus_attention
 from litefocus.config import LiteFocusConfig
@@ -139,6 +140,8 @@ class LiteFocusAttnProcessor:
         query, key, value = attention_inputs(attn, hidden_states, temb, original)
         hidden_states = focus_attention(query, key, value, focus)
         hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
+        del query, key, value
+        hand_back(hidden_states)
         hidden_states = attn.to_out[0](hidden_states)
         hidden_states = attn.to_out[1](hidden_states)
         if len(input_shape) == 4:

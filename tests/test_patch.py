@@ -3,6 +3,8 @@
 import copy
 import gc
 import io
+import platform
+import sys
 import types
 import weakref
 from collections.abc import Iterator
@@ -20,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import litefocus
 import litefocus.__main__ as report
-from litefocus import LiteFocusAttnProcessor, LiteFocusConfig
+from litefocus import LiteFocusAttnProcessor, LiteFocusConfig, _memory
+from litefocus._memory import hand_back
 
 PAPER = LiteFocusConfig.paper()
 
@@ -391,6 +394,76 @@ def test_estimated_saving_at_80_seconds(name, ratio) -> None:
     assert f"at most {status.flops.ratio:.2f}x faster" in repr(status)
 
 
+# --- memory that was freed -------------------------------------------------------------------------------------------
+
+
+def block_hooks(unet: nn.Module) -> int:
+    return sum(len(block._forward_hooks) for block in (*unet.down_blocks, *unet.up_blocks))
+
+
+@pytest.fixture
+def handed_back(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one whenever the system is asked to take back what was freed."""
+    asked: list[int] = []
+    monkeypatch.setattr("litefocus._memory._trim", asked.append)
+    return asked
+
+
+@torch.no_grad()
+def test_freed_memory_is_handed_back_after_focused_layers_and_blocks(handed_back, monkeypatch) -> None:
+    pipe = build("AudioLDM")
+    unet = pipe.unet
+    inputs = torch.randn(2, 8, 128, 16), 1, None, torch.randn(2, 32)
+    dense = unet(*inputs).sample
+    litefocus.patch(pipe, min_sampled=4)
+    output = unet(*inputs).sample
+    assert not handed_back  # all tensors are small
+    monkeypatch.setattr("litefocus._memory.LARGE", 1)
+    assert torch.equal(unet(*inputs).sample, output)
+    focused = [row for row in litefocus.status(pipe, seconds=128 / 25).layers if row.keys_kept < 1]
+    assert focused
+    assert len(handed_back) == len(focused) + len(unet.down_blocks) + len(unet.up_blocks)
+    litefocus.unpatch(unet)
+    handed_back.clear()
+    assert torch.equal(unet(*inputs).sample, dense)
+    assert not handed_back
+    assert not block_hooks(unet)
+
+
+def test_only_memory_of_a_cpu_is_handed_back(handed_back, monkeypatch) -> None:
+    monkeypatch.setattr("litefocus._memory.LARGE", 8)
+    for other in (torch.empty(8, device="meta"), (torch.empty(8, device="meta"),), torch.empty(1), (), None, "text"):
+        hand_back(other)
+    assert not handed_back
+    hand_back((torch.empty(8), None))
+    monkeypatch.setattr("litefocus._memory._trim", None)  # another system than Linux, or another C library
+    hand_back(torch.empty(8))
+    assert len(handed_back) == 1
+
+
+def test_hooks_on_blocks_are_one_each_and_none_is_left_on_copies() -> None:
+    unet = audioldm_unet()
+    theirs = unet.up_blocks[0].register_forward_hook(lambda *_: None)
+    blocks = len(unet.down_blocks) + len(unet.up_blocks)
+    litefocus.patch(unet, freq_bins=16)
+    litefocus.patch(unet, freq_bins=16, seed=1)
+    with litefocus.patch(unet, freq_bins=16, seed=2):
+        assert block_hooks(unet) == blocks + 1
+    other = audioldm_unet()
+    other.up_blocks[1] = copy.deepcopy(unet.up_blocks[1])
+    copied = copy.deepcopy(unet)
+    for patched, left in ((unet, 1), (copied, 1), (other, 0)):
+        litefocus.unpatch(patched)
+        assert block_hooks(patched) == left
+    theirs.remove()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library of Linux alone is asked")
+def test_the_c_library_takes_it_back() -> None:
+    assert _memory._trim is not None or platform.libc_ver()[0] != "glibc"
+    hand_back(torch.empty(_memory.LARGE))
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -466,7 +539,6 @@ def test_a_grid_of_one_bin_is_refused() -> None:
 
 def test_importing_is_light() -> None:
     import subprocess
-    import sys
 
     script = (
         "import sys, torch; before = set(sys.modules); import litefocus; new = set(sys.modules) - before; "

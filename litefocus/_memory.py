@@ -1,0 +1,42 @@
+"""Memory that was freed, handed back to the system.
+
+The C library of Linux keeps what a program frees, and fits little of the next into it where tensors come in many sizes:
+ten minutes of sound from a small AudioLDM 2 took 2.3 GiB on a CPU, of which 1.4 were in use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LARGE = 16 * 2**20  # bytes of a tensor; below, asking would cost more than there is to gain
+
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # of glibc alone
+
+
+def hand_back(after: Any) -> None:
+    """Hand back what the work on `after` freed, if that is a large tensor on a CPU, or begins with one."""
+    x = after[0] if isinstance(after, tuple) and after else after
+    if _trim is None or torch.compiler.is_compiling() or not isinstance(x, Tensor):
+        return
+    if x.device.type == "cpu" and x.numel() * x.element_size() >= LARGE:
+        _trim(0)
+
+
+def between_blocks(unet: nn.Module, wanted: bool) -> None:
+    """Do so after every block of a UNet, or no longer. A hook is known by its function, wherever its block has gone."""
+    for module in () if wanted else unet.modules():
+        for key in [key for key, hook in module._forward_hooks.items() if hook is _after_block]:
+            del module._forward_hooks[key]
+    for blocks in unet.children() if wanted else ():
+        for block in blocks if isinstance(blocks, nn.ModuleList) else ():
+            if _after_block not in block._forward_hooks.values():
+                block.register_forward_hook(_after_block)
+
+
+def _after_block(block: nn.Module, args: Any, output: Any) -> None:
+    hand_back(output)
