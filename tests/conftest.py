@@ -1,9 +1,30 @@
-"""One thread: on models this small a second one costs more than it brings, and very much more on a busy machine."""
+"""What all tests share: threads, signals, and the devices that tests of arithmetic run on."""
 
+import os
 import signal
 
+import pytest
 import torch
 
+# One thread: on models this small a second one costs more than it brings, and very much more on a busy machine.
 torch.set_num_threads(1)
 # A shell that starts tests in the background has them ignore Ctrl-C, and with them the programs that they interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# What is bit for bit the same on a CPU is so on a GPU only if asked for; and float32 is not rounded to 10 bits.
+torch.backends.cudnn.deterministic = True
+torch.backends.cudnn.allow_tf32 = False
+
+# LITEFOCUS_TEST_DEVICE names another than a CUDA device (mps, xpu), or cpu for none.
+OTHER_DEVICE = os.environ.get("LITEFOCUS_TEST_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session", params=dict.fromkeys(["cpu", OTHER_DEVICE]))
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """A CPU, and then the GPU where there is one. Random numbers are drawn and references computed on the CPU."""
+    return torch.device(request.param)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say on which devices the tests that take `device` ran."""
+    found = "no other device was found or asked for" if OTHER_DEVICE == "cpu" else f"and on {OTHER_DEVICE}"
+    terminalreporter.write_line(f"devices: tests of arithmetic ran on the CPU; {found}")

@@ -16,6 +16,11 @@ def qkv(batch: int, heads: int, tokens: int, dim: int, dtype: torch.dtype = torc
     return torch.randn(3, batch, heads, tokens, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def attend(device: torch.device, q: Tensor, k: Tensor, v: Tensor, focus: FocusSet) -> Tensor:
+    """`focus_attention` on a device, its result on the CPU. The layout of the heads in memory is kept."""
+    return focus_attention(q.to(device), k.to(device), v.to(device), focus.to(device)).cpu()
+
+
 @given(
     grid=st.tuples(st.integers(1, 12), st.integers(1, 6)),
     batch=st.integers(1, 3),
@@ -27,14 +32,14 @@ def qkv(batch: int, heads: int, tokens: int, dim: int, dtype: torch.dtype = torc
     projected=st.booleans(),
 )
 @settings(max_examples=120, deadline=None)
-def test_equals_masked_dense_attention(grid, batch, heads, dim, ratio, same, axis, projected) -> None:
+def test_equals_masked_dense_attention(device, grid, batch, heads, dim, ratio, same, axis, projected) -> None:
     config = LiteFocusConfig.paper(same_frequency=same or ratio == 0, sparse_ratio=ratio)
     focus = focus_set(*grid, config, freq_axis=axis)
     q, k, v = qkv(batch, heads, focus.tokens, dim)
     expected = masked_attention(q, k, v, allowed(focus))
     if projected:  # the layout in which a UNet's projections come
         q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
-    torch.testing.assert_close(focus_attention(q, k, v, focus), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(attend(device, q, k, v, focus), expected, rtol=1e-10, atol=1e-10)
 
 
 @given(
@@ -44,25 +49,25 @@ def test_equals_masked_dense_attention(grid, batch, heads, dim, ratio, same, axi
     axis=st.sampled_from(["width", "height"]),
 )
 @settings(max_examples=60, deadline=None)
-def test_weighted_sets_equal_biased_dense_attention(grid, ratio, floor, axis) -> None:
+def test_weighted_sets_equal_biased_dense_attention(device, grid, ratio, floor, axis) -> None:
     focus = focus_set(*grid, LiteFocusConfig(sparse_ratio=ratio, min_sampled=floor), freq_axis=axis)
     q, k, v = qkv(2, 2, focus.tokens, 4)
     expected = biased_attention(q, k, v, bias(focus))
-    torch.testing.assert_close(focus_attention(q, k, v, focus), expected, rtol=1e-6, atol=1e-6)  # weights in float32
+    torch.testing.assert_close(attend(device, q, k, v, focus), expected, rtol=1e-6, atol=1e-6)  # weights in float32
 
 
 @pytest.mark.parametrize("axis", ["width", "height"])
 @pytest.mark.parametrize(("same", "cross"), [(True, True), (False, True), (True, False)])
-def test_windows_with_far_samples_equal_biased_dense_attention(axis, same, cross, monkeypatch) -> None:
+def test_windows_with_far_samples_equal_biased_dense_attention(device, axis, same, cross, monkeypatch) -> None:
     config = LiteFocusConfig(same_frequency=same, cross_frequency=cross, time_window=20, min_sampled=5, far_sampled=3)
     focus = focus_set(150, 3, config, freq_axis=axis)
     keys = {(True, True): 84 + 2 * 8 + 3 * 3, (False, True): 3 * (8 + 3), (True, False): 84 + 3}
     assert focus.keys_per_query == keys[same, cross]
     q, k, v = qkv(2, 2, focus.tokens, 4)
     expected = biased_attention(q, k, v, bias(focus))
-    torch.testing.assert_close(focus_attention(q, k, v, focus), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(attend(device, q, k, v, focus), expected, rtol=1e-6, atol=1e-6)
     monkeypatch.setattr("litefocus.attention.SLICE_BYTES", 1)  # one group at a time
-    torch.testing.assert_close(focus_attention(q, k, v, focus), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(attend(device, q, k, v, focus), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_weights_bring_the_output_nearer_to_dense_attention() -> None:
@@ -82,29 +87,29 @@ def test_weights_bring_the_output_nearer_to_dense_attention() -> None:
 
 @pytest.mark.parametrize("axis", ["width", "height"])
 @pytest.mark.parametrize("same", [True, False])
-def test_time_windows_equal_masked_dense_attention(axis, same, monkeypatch) -> None:
+def test_time_windows_equal_masked_dense_attention(device, axis, same, monkeypatch) -> None:
     focus = focus_set(150, 3, LiteFocusConfig.paper(same_frequency=same, time_window=20), freq_axis=axis)
     assert len(focus.queries) == (9 if same else 3)
     q, k, v = qkv(2, 2, focus.tokens, 4)
     expected = masked_attention(q, k, v, allowed(focus))
-    torch.testing.assert_close(focus_attention(q, k, v, focus), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(attend(device, q, k, v, focus), expected, rtol=1e-10, atol=1e-10)
     monkeypatch.setattr("litefocus.attention.SLICE_BYTES", 1)  # one group at a time
-    torch.testing.assert_close(focus_attention(q, k, v, focus), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(attend(device, q, k, v, focus), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_at_ratio_one_equals_dense_attention() -> None:
+def test_at_ratio_one_equals_dense_attention(device) -> None:
     q, k, v = qkv(2, 4, 96, 8, torch.float32)
     focus = focus_set(12, 8, LiteFocusConfig.paper(sparse_ratio=1))
-    torch.testing.assert_close(focus_attention(q, k, v, focus), F.scaled_dot_product_attention(q, k, v))
+    torch.testing.assert_close(attend(device, q, k, v, focus), F.scaled_dot_product_attention(q, k, v))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weighted", [True, False])
-def test_is_as_exact_as_dense_attention_in_every_precision(dtype, weighted) -> None:
+def test_is_as_exact_as_dense_attention_in_every_precision(device, dtype, weighted) -> None:
     focus = focus_set(64, 8, LiteFocusConfig.paper(reweight=weighted))
     q, k, v = qkv(1, 2, focus.tokens, 16, dtype)
-    output = focus_attention(q, k, v, focus)
-    dense = F.scaled_dot_product_attention(q, k, v)
+    output = attend(device, q, k, v, focus)
+    dense = F.scaled_dot_product_attention(q.to(device), k.to(device), v.to(device)).cpu()
     error = (output - biased_attention(q, k, v, bias(focus))).abs().max()
     dense_error = (dense - biased_attention(q, k, v, torch.zeros(()))).abs().max()
     assert output.dtype == dtype
@@ -113,28 +118,28 @@ def test_is_as_exact_as_dense_attention_in_every_precision(dtype, weighted) -> N
 
 
 @pytest.mark.parametrize("weighted", [True, False])
-def test_gradients_are_those_of_masked_dense_attention(weighted) -> None:
+def test_gradients_are_those_of_masked_dense_attention(device, weighted) -> None:
     focus = focus_set(10, 4, LiteFocusConfig.paper(sparse_ratio=0.3, reweight=weighted))
     inputs = [x.clone().requires_grad_() for x in qkv(2, 2, focus.tokens, 4)]
     weight = torch.randn(2, 2, focus.tokens, 4, dtype=torch.float64)
-    got = torch.autograd.grad((focus_attention(*inputs, focus) * weight).sum(), inputs)
+    got = torch.autograd.grad((attend(device, *inputs, focus) * weight).sum(), inputs)
     expected = torch.autograd.grad((biased_attention(*inputs, bias(focus)) * weight).sum(), inputs)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)  # weights in float32
 
 
-def test_every_batch_element_is_computed_alike() -> None:
+def test_every_batch_element_is_computed_alike(device) -> None:
     focus = focus_set(16, 4, LiteFocusConfig.paper())
     q, k, v = qkv(3, 2, focus.tokens, 8)
-    together = focus_attention(q, k, v, focus)
-    alone = torch.cat([focus_attention(q[i : i + 1], k[i : i + 1], v[i : i + 1], focus) for i in range(3)])
+    together = attend(device, q, k, v, focus)
+    alone = torch.cat([attend(device, q[i : i + 1], k[i : i + 1], v[i : i + 1], focus) for i in range(3)])
     torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
 
 
-def test_values_may_have_another_width() -> None:
+def test_values_may_have_another_width(device) -> None:
     focus = focus_set(6, 4, LiteFocusConfig.paper())
     q, k, _ = qkv(1, 2, focus.tokens, 8)
     _, _, v = qkv(1, 2, focus.tokens, 5)
-    torch.testing.assert_close(focus_attention(q, k, v, focus), masked_attention(q, k, v, allowed(focus)))
+    torch.testing.assert_close(attend(device, q, k, v, focus), masked_attention(q, k, v, allowed(focus)))
 
 
 def test_same_frequency_branch_is_the_published_arithmetic() -> None:
@@ -196,9 +201,9 @@ def test_with_time_windows_a_call_moves_memory_in_proportion_to_the_clip(project
 
 
 @pytest.mark.parametrize("config", [LiteFocusConfig(), LiteFocusConfig(time_window=1)])
-def test_an_empty_batch_is_an_empty_result(config) -> None:
+def test_an_empty_batch_is_an_empty_result(device, config) -> None:
     q, k, v = qkv(0, 2, 300 * 4, 8)
-    assert focus_attention(q, k, v, focus_set(300, 4, config)).shape == (0, 2, 1200, 8)
+    assert attend(device, q, k, v, focus_set(300, 4, config)).shape == (0, 2, 1200, 8)
 
 
 def test_refuses_another_grid() -> None:

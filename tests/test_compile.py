@@ -35,24 +35,24 @@ def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(params=["AudioLDM", "AudioLDM 2"])
-def unet(request: pytest.FixtureRequest) -> nn.Module:
+def unet(request: pytest.FixtureRequest, device: torch.device) -> nn.Module:
     torch.manual_seed(0)
     if request.param == "AudioLDM":
-        return audioldm_unet(**TWO_LEVELS, mid_block_type=None)
-    return audioldm2_unet(**TWO_LEVELS, cross_attention_dim=((None, 18, 32),) * 2)
+        return audioldm_unet(**TWO_LEVELS, mid_block_type=None).to(device)
+    return audioldm2_unet(**TWO_LEVELS, cross_attention_dim=((None, 18, 32),) * 2).to(device)
 
 
 def step(unet: nn.Module, frames: int) -> Tensor:
     generator = torch.Generator().manual_seed(frames)
-    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
-    sample = draw(2, 8, frames, 16)
     inner = getattr(unet, "_orig_mod", unet)
+    draw = lambda *shape: torch.randn(shape, generator=generator).to(inner.device)  # noqa: E731
+    sample = draw(2, 8, frames, 16)
     if "AudioLDM2" in type(inner).__name__:
         conditions = {"encoder_hidden_states": draw(2, 4, 18), "encoder_hidden_states_1": draw(2, 6, 32)}
     else:
         conditions = {"encoder_hidden_states": None, "class_labels": draw(2, 32)}
     with torch.no_grad():
-        return unet(sample, torch.tensor(7), **conditions).sample
+        return unet(sample, torch.tensor(7, device=inner.device), **conditions).sample
 
 
 class CountUNets:
@@ -109,9 +109,9 @@ def test_patches_and_unpatches_what_is_compiled_already(unet) -> None:
     assert torch.equal(step(compiled, 32), dense)
 
 
-def test_inductor_with_time_windows() -> None:
+def test_inductor_with_time_windows(device: torch.device) -> None:
     torch.manual_seed(0)
-    unet = audioldm_unet(**TWO_LEVELS, mid_block_type=None)
+    unet = audioldm_unet(**TWO_LEVELS, mid_block_type=None).to(device)
     litefocus.patch(unet, PAPER, freq_bins=16, time_window=8, far_sampled=3, reweight=True)
     expected = step(unet, 160)
     torch.testing.assert_close(step(torch.compile(unet, fullgraph=True), 160), expected, rtol=1e-4, atol=1e-5)

@@ -31,8 +31,8 @@ SECONDS = 2.56  # of a tile, in most of these tests: 64 latent frames
 
 
 @pytest.fixture(scope="module")
-def embedded() -> Any:
-    pipe = AudioLDM2Pipeline.from_pretrained(EMBEDDED)
+def embedded(device: torch.device) -> Any:
+    pipe = AudioLDM2Pipeline.from_pretrained(EMBEDDED).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -60,13 +60,13 @@ def pipe(embedded: Any) -> Any:
 
 
 @pytest.fixture
-def small() -> Any:
-    return build("AudioLDM 2")
+def small(device: torch.device) -> Any:
+    return build("AudioLDM 2").to(device)
 
 
 @pytest.fixture
-def latents() -> Tensor:
-    return torch.randn(1, 8, 100, 16, generator=torch.Generator().manual_seed(2))
+def latents(device: torch.device) -> Tensor:
+    return torch.randn(1, 8, 100, 16, generator=torch.Generator().manual_seed(2)).to(device)
 
 
 @torch.inference_mode()

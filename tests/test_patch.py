@@ -35,8 +35,8 @@ def one_draw(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=BUILDERS)
-def pipe(request: pytest.FixtureRequest) -> Any:
-    return build(request.param)
+def pipe(request: pytest.FixtureRequest, device: torch.device) -> Any:
+    return build(request.param).to(device)
 
 
 def attentions(unet: nn.Module) -> dict[str, Attention]:
@@ -71,8 +71,8 @@ def test_audio_is_that_of_masked_dense_attention(pipe, seconds, config, monkeypa
 
 @pytest.mark.usefixtures("one_draw")
 @pytest.mark.parametrize(("far", "more"), [(0, 0), (3, 8 * 3)])
-def test_time_windows_are_those_of_masked_dense_attention(far, more) -> None:
-    pipe = build("AudioLDM 2")
+def test_time_windows_are_those_of_masked_dense_attention(far, more, device) -> None:
+    pipe = build("AudioLDM 2").to(device)
     config = LiteFocusConfig.paper(time_window=21, far_sampled=far, reweight=far > 0)
     oracle = copy.deepcopy(pipe)
     install_oracle(oracle.unet, config)

@@ -106,14 +106,60 @@ def test_regular_steps_use_every_draw(pipeline: str, steps: int) -> None:
 
 
 @torch.no_grad()
-def test_a_draw_on_a_device_is_that_of_the_number() -> None:
-    """Where a timestep lies on a GPU it is not read: the same arithmetic runs there. Tried on CPU tensors."""
+def test_a_draw_on_a_device_is_that_of_the_number(device: torch.device) -> None:
+    """Where a timestep lies on a GPU it is not read: the same arithmetic runs there."""
     values = [0, 1, 999, 2**31, 2**32 - 1, *range(5, 10**6, 7919)]
-    hashed = _hash(torch.tensor(values))
+    hashed = _hash(torch.tensor(values, device=device))
     assert isinstance(hashed, Tensor)
     assert hashed.tolist() == [_hash(value) for value in values]
     assert int(hashed.min()) >= 0
     assert int(hashed.max()) < 2**32
+
+
+@torch.no_grad()
+def test_steps_on_a_device_use_the_samples_of_the_cpu(device: torch.device) -> None:
+    unet, moved = patched(), patched().to(device)
+    sample = torch.randn(2, 2, FRAMES, BINS, generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for draw in range(DRAWS):
+        t = torch.tensor(timestep_of(draw))
+        outputs.append(unet(sample, t, encoder_hidden_states=None).sample)
+        there = moved(sample.to(device), t.to(device), encoder_hidden_states=None).sample
+        assert there.device.type == device.type
+        torch.testing.assert_close(there.cpu(), outputs[-1])
+    assert all((one - other).abs().max() > 1e-3 for i, one in enumerate(outputs) for other in outputs[:i])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@torch.inference_mode()
+def test_a_step_never_waits_for_the_gpu_and_a_captured_one_is_right_after_other_lengths() -> None:
+    unet = patched().to("cuda")
+    t = torch.tensor(timestep_of(0), device="cuda")
+    samples = [torch.randn(2, 2, FRAMES + 8 * more, BINS, device="cuda") for more in range(6)]
+    for sample in samples:  # builds the focus sets
+        unet(sample, t, encoder_hidden_states=None)
+    step = lambda i=0: unet(samples[i], t, encoder_hidden_states=None).sample  # noqa: E731
+    torch.cuda.synchronize()
+    step()  # those of the first length were evicted
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step()
+    for draw in (1, 2, 3):
+        t.fill_(timestep_of(draw))
+        for other in range(1, 6):
+            step(other)
+        graph.replay()
+        torch.testing.assert_close(output, step())
 
 
 # --- where no timestep is to be known ---------------------------------------------------------------------------------

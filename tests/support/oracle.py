@@ -95,7 +95,7 @@ class MaskedDense:
         if encoder_hidden_states is None and attention_mask is None:
             added = self.grids.bias(self.name, *self.arguments)
             if added is not None:
-                return AttnProcessor2_0()(attn, x, attention_mask=added.to(x.dtype).expand(len(x), -1, -1))
+                return AttnProcessor2_0()(attn, x, attention_mask=added.to(x).expand(len(x), -1, -1))
         return AttnProcessor2_0()(attn, x, encoder_hidden_states, attention_mask, temb)
 
 
