@@ -752,7 +752,7 @@ def plot_forest(rows: list[dict[str, Any]], path: Path) -> None:
     lengths = sorted({row["times"] for row in rows})
     names = [name for name in METHODS if name not in ("dense", "self only") and any(r["method"] == name for r in rows)]
     look, limit = styles(names), 3.5
-    columns = min(len(lengths), 4)
+    columns = min(len(lengths), 3)  # two rows of three, at the six lengths there are
     figure, every = panels(columns, -(-len(lengths) // columns), width=4.2, height=9.0)
     for axes, times in zip(every, lengths, strict=False):
         cells = {row["method"]: row for row in rows if row["times"] == times}

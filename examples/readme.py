@@ -66,10 +66,17 @@ def cells(method: str, times: list[dict[str, Any]], sounds: list[dict[str, Any]]
                 yield difference(row[metric], digits)
 
 
+def worse(method: str, counts: list[dict[str, Any]]) -> str:
+    """In how many comparisons, of all UNets and lengths."""
+    found = [count for count in counts if count["method"] == method]
+    return f"{method} in {sum(c['worse_2'] for c in found)} of {sum(c['cells'] for c in found)}"
+
+
 def figures() -> str:
     """What stands between the marks: table, where its figures come from, picture."""
     times = json.loads((HERE / "benchmark.json").read_text())["rows"]
-    sounds = json.loads((HERE / "evaluate.json").read_text())["rows"]
+    evaluation = json.loads((HERE / "evaluate.json").read_text())
+    sounds = evaluation["rows"]
     long = LENGTHS[max(LENGTHS)]
     header = ["", *(f"step, {length:g} s" for length in SECONDS)]
     header += [*(f"Fréchet, {name}" for name in LENGTHS.values()), f"drift, {long}"]
@@ -82,11 +89,15 @@ def figures() -> str:
     clips = {length: row_of(sounds, model=JUDGED, method="dense", times=length) for length in LENGTHS}
     counted = ", ".join(f"{row['clips']} of {LENGTHS[length]}" for length, row in clips.items() if row)
     machine, date = timed["measured"].split(",")[0], judged["measured"].split(", ")[-1]
+    judgements = [worse(method, evaluation["counts"]) for method in ("litefocus", "paper", "time tiles")]
+    models, longest = len({row["model"] for row in sounds}), max(row["times"] for row in sounds)
     text = (
         f"Step: one UNet step of AudioLDM 2, published widths and random weights, on a CPU ({machine}); dense in "
         "seconds, others as speed-up. Fréchet distance (of 5 s windows to real ones, lower is better) and drift "
         "within a clip: differences to dense ± standard error, on a small trained model of 5 s native length, "
-        f"{counted}. By `examples/benchmark.py` and `examples/evaluate.py`, {date}; all figures: "
+        f"{counted}. On {models} trained UNets, by seven measures at 1x to {longest}x their native length, worse "
+        f"than dense by over two standard errors: {', '.join(judgements)} (2.3 % by chance alone). By "
+        f" `examples/benchmark.py` and `examples/evaluate.py`, {date}; all figures: "
         "[BENCHMARK.md](examples/BENCHMARK.md), [EVALUATION.md](examples/EVALUATION.md)."
     )
     picture = "![error of attention against cost, all settings and peers](examples/evaluate_cost.png)"
