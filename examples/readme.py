@@ -97,7 +97,7 @@ def figures() -> str:
         "within a clip: differences to dense ± standard error, on a small trained model of 5 s native length, "
         f"{counted}. On {models} trained UNets, by seven measures at 1x to {longest}x their native length, worse "
         f"than dense by over two standard errors: {', '.join(judgements)} (2.3 % by chance alone). By "
-        f" `examples/benchmark.py` and `examples/evaluate.py`, {date}; all figures: "
+        f"`examples/benchmark.py` and `examples/evaluate.py`, {date}; all figures: "
         "[BENCHMARK.md](examples/BENCHMARK.md), [EVALUATION.md](examples/EVALUATION.md)."
     )
     picture = "![error of attention against cost, all settings and peers](examples/evaluate_cost.png)"
