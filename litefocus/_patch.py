@@ -65,7 +65,8 @@ def patch(
     or left, or `unpatch` is called: its block is under its own settings. Where two pipelines, or two threads, share one
     UNet, they share its patches: patch once at start-up, not per request, and run in as many threads as you like. A
     call that runs while the first patch comes or the last one goes is part dense; layers that are checkpointed run once
-    more in the backward pass, under what is in force then.
+    more in the backward pass, under what is in force then. On a CPU under Linux, memory that large layers and blocks of
+    the UNet have freed goes back to the system when they end.
 
     Args:
         pipe: an AudioLDM, AudioLDM 2 or MusicLDM pipeline of diffusers, a Tango, Tango 2, Mustango or ConsistencyTTA
