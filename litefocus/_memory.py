@@ -1,12 +1,14 @@
 """Memory that was freed, handed back to the system.
 
 The C library of Linux keeps what a program frees, and fits little of the next into it where tensors come in many sizes:
-ten minutes of sound from a small AudioLDM 2 took 2.3 GiB on a CPU, of which 1.4 were in use.
+ten minutes of sound from a small AudioLDM 2 took 2.3 GiB on a CPU, of which 1.4 were in use. It is left alone where it
+was told how much to keep, by MALLOC_TRIM_THRESHOLD_ in the environment.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from typing import Any
 
@@ -15,7 +17,9 @@ from torch import Tensor, nn
 
 LARGE = 16 * 2**20  # bytes of a tensor; below, asking would cost more than there is to gain
 
-_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # of glibc alone
+_trim: Any = None
+if sys.platform == "linux" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+    _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
 
 
 def hand_back(after: Any) -> None:

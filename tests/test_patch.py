@@ -3,7 +3,9 @@
 import copy
 import gc
 import io
+import os
 import platform
+import subprocess
 import sys
 import types
 import weakref
@@ -459,8 +461,13 @@ def test_hooks_on_blocks_are_one_each_and_none_is_left_on_copies() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the C library of Linux alone is asked")
-def test_the_c_library_takes_it_back() -> None:
-    assert _memory._trim is not None or platform.libc_ver()[0] != "glibc"
+def test_the_c_library_takes_it_back_unless_it_was_told_how_much_to_keep() -> None:
+    script = "from litefocus import _memory; print(_memory._trim is not None)"
+    for settings, asked in (({}, platform.libc_ver()[0] == "glibc"), ({"MALLOC_TRIM_THRESHOLD_": "1073741824"}, False)):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")} | settings
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        assert done.stdout.strip() == str(asked)
     hand_back(torch.empty(_memory.LARGE))
 
 
@@ -538,8 +545,6 @@ def test_a_grid_of_one_bin_is_refused() -> None:
 
 
 def test_importing_is_light() -> None:
-    import subprocess
-
     script = (
         "import sys, torch; before = set(sys.modules); import litefocus; new = set(sys.modules) - before; "
         "print(sorted(m for m in new if m.split('.')[0] in ('diffusers', 'transformers') or m == 'torch._dynamo'))"
