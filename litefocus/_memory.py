@@ -31,15 +31,16 @@ def hand_back(after: Any) -> None:
         _trim(0)
 
 
-def between_blocks(unet: nn.Module, wanted: bool) -> None:
-    """Do so after every block of a UNet, or no longer. A hook is known by its function, wherever its block has gone."""
-    for module in () if wanted else unet.modules():
-        for key in [key for key, hook in module._forward_hooks.items() if hook is _after_block]:
-            del module._forward_hooks[key]
-    for blocks in unet.children() if wanted else ():
-        for block in blocks if isinstance(blocks, nn.ModuleList) else ():
-            if _after_block not in block._forward_hooks.values():
-                block.register_forward_hook(_after_block)
+def hand_back_after(block: nn.Module) -> None:
+    """Do so whenever `block` has run."""
+    if _after_block not in block._forward_hooks.values():
+        block.register_forward_hook(_after_block)
+
+
+def no_longer_after(module: nn.Module) -> None:
+    """Take that back; harmless on any other module. The hook is known by its function, wherever its block has gone."""
+    for key in [key for key, hook in module._forward_hooks.items() if hook is _after_block]:
+        del module._forward_hooks[key]
 
 
 def _after_block(block: nn.Module, args: Any, output: Any) -> None:

@@ -20,8 +20,8 @@ from litefocus._call import Watch, Watched
 from litefocus._compvis import OriginalAttention
 from litefocus._decoding import untile
 from litefocus._grid import Grid
-from litefocus._layers import get_processor, self_attention_layers, set_processor
-from litefocus._memory import between_blocks
+from litefocus._layers import blocks, get_processor, self_attention_layers, set_processor
+from litefocus._memory import hand_back_after, no_longer_after
 from litefocus._processor import Installed, LiteFocusAttnProcessor, installed_on, ours_in, processor_over
 from litefocus._status import LONG_CLIP, Status, status_of
 from litefocus._tango import restore_duration
@@ -143,7 +143,6 @@ def unpatch(pipe: Any) -> None:
         patches = patches_of(target.unet)
         if patches is not None:
             patches.keep(target.unet, [])
-        between_blocks(target.unet, False)
         for module in target.unet.modules():  # brought back by something that had kept them, or installed by hand
             take_off(module)
             processor = get_processor(module)
@@ -208,6 +207,9 @@ class Patches:
                 layer.attn._litefocus = Installed(layer.name, processor, None, self.watched)
             else:  # it may have been moved
                 installed.name = layer.name
+        for name, block, _ in blocks(unet):
+            if not name.startswith("mid"):  # the smallest, which frees little
+                hand_back_after(block)
         unet.__dict__["_litefocus_patches"] = self
         inside = [i for i, other in enumerate(self.slots) if other.in_block]
         kept = self.slots if slot.in_block else self.slots[: max(inside, default=-1) + 1]
@@ -235,9 +237,8 @@ class Patches:
             installed = module.__dict__.get("_litefocus")
             if installed is not None:
                 installed.watched = self.watched  # that of a layer which was copied into the UNet is a copy
-                if entry is None:
-                    take_off(module)
-        between_blocks(unet, entry is not None)
+            if entry is None:
+                take_off(module)
         if entry is None:
             unet.__dict__.pop("_litefocus_patches", None)
             if self.watch is not None:
@@ -261,7 +262,8 @@ class Patches:
 
 
 def take_off(attn: Any) -> None:
-    """Put back what was on a layer before it was patched; harmless on any other module."""
+    """Put back what was on a layer, or a block, before it was patched; harmless on any other module."""
+    no_longer_after(attn)
     installed = attn.__dict__.pop("_litefocus", None)
     if installed is None:
         return

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmark import captured
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from support.oracle import install_oracle
@@ -42,7 +43,7 @@ def patched(config: LiteFocusConfig = CONFIG) -> UNet2DConditionModel:
 
 def run(unet: nn.Module, timestep: Any, frames: int = FRAMES, batch: int = 2) -> Tensor:
     sample = torch.randn(batch, 2, frames, BINS, generator=torch.Generator().manual_seed(frames))
-    return unet(sample, timestep, encoder_hidden_states=None).sample
+    return unet(sample.to(next(unet.parameters()).device), timestep, encoder_hidden_states=None).sample
 
 
 @pytest.fixture
@@ -119,12 +120,11 @@ def test_a_draw_on_a_device_is_that_of_the_number(device: torch.device) -> None:
 @torch.no_grad()
 def test_steps_on_a_device_use_the_samples_of_the_cpu(device: torch.device) -> None:
     unet, moved = patched(), patched().to(device)
-    sample = torch.randn(2, 2, FRAMES, BINS, generator=torch.Generator().manual_seed(0))
     outputs = []
     for draw in range(DRAWS):
         t = torch.tensor(timestep_of(draw))
-        outputs.append(unet(sample, t, encoder_hidden_states=None).sample)
-        there = moved(sample.to(device), t.to(device), encoder_hidden_states=None).sample
+        outputs.append(run(unet, t))
+        there = run(moved, t.to(device))
         assert there.device.type == device.type
         torch.testing.assert_close(there.cpu(), outputs[-1])
     assert all((one - other).abs().max() > 1e-3 for i, one in enumerate(outputs) for other in outputs[:i])
@@ -136,30 +136,25 @@ def test_a_step_never_waits_for_the_gpu_and_a_captured_one_is_right_after_other_
     unet = patched().to("cuda")
     t = torch.tensor(timestep_of(0), device="cuda")
     samples = [torch.randn(2, 2, FRAMES + 8 * more, BINS, device="cuda") for more in range(6)]
-    for sample in samples:  # builds the focus sets
-        unet(sample, t, encoder_hidden_states=None)
-    step = lambda i=0: unet(samples[i], t, encoder_hidden_states=None).sample  # noqa: E731
-    torch.cuda.synchronize()
+
+    def step(i: int = 0) -> Any:
+        return unet(samples[i], t, encoder_hidden_states=None)
+
+    for i in range(6):  # builds the focus sets
+        step(i)
     step()  # those of the first length were evicted
+    torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = step()
+    replay = captured(step, torch.device("cuda"))
     for draw in (1, 2, 3):
         t.fill_(timestep_of(draw))
         for other in range(1, 6):
             step(other)
-        graph.replay()
-        torch.testing.assert_close(output, step())
+        torch.testing.assert_close(replay(), step().sample)
 
 
 # --- where no timestep is to be known ---------------------------------------------------------------------------------
