@@ -1,17 +1,45 @@
-"""The blocks of a UNet, and the self-attention layers in them."""
+"""The blocks of a UNet and the self-attention layers in them, of diffusers' layout and of the authors'.
+
+diffusers: `down_blocks`, `mid_block`, `up_blocks`; attention layers with processors. The authors' AudioLDM, AudioLDM 2
+and AudioSR code has CompVis' layout: `input_blocks`, `middle_block`, `output_blocks`; `CrossAttention` without processors
+(audioldm/latent_diffusion/openaimodel.py and attention.py of audioldm 0.1.1, and the like of audioldm2 0.1.0).
+"""
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from litefocus import _compvis
+from litefocus._context import Context, PatchedLayer
+from litefocus._processor import (
+    FocusedForward,
+    LiteFocusAttnProcessor,
+    default_processor,
+    with_focus,
+    without_focus,
+)
 
 # Where wrappers keep the module that they wrap: torch.compile, activation checkpointing, FSDP, DDP and DataParallel.
 WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"}
+# Processors that attend and do nothing else, by name: clients bring copies of them under the same names.
+PLAIN_PROCESSORS = {
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "AttnProcessorNPU",
+    "CrossAttnProcessor",
+    "FusedAttnProcessor2_0",
+    "SlicedAttnProcessor",
+    "XFormersAttnProcessor",
+    "XFormersCrossAttnProcessor",
+    "XLAFlashAttnProcessor2_0",
+}
+# Modules whose functions replace a layer's `forward` and call the one before.
+FORWARD_HOOKS = {"accelerate.hooks", "diffusers.hooks.hooks"}
 
 
 @dataclass(frozen=True)
@@ -41,30 +69,52 @@ def named_modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Modu
         stack += reversed(children)
 
 
-def blocks(unet: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+def is_compvis(module: Any) -> bool:
+    """Whether `module` is a 2-D UNet of CompVis' layout."""
+    parts: list[Any] = [getattr(module, name, None) for name in ("input_blocks", "middle_block", "output_blocks")]
+    if not all(isinstance(part, nn.Module) for part in parts):
+        return False
+    first = next(parts[0].children(), None)
+    return first is not None and any(isinstance(layer, nn.Conv2d) for layer in first.modules())
+
+
+def blocks(unet: Any) -> Iterator[tuple[str, nn.Module, int]]:
     """(name, block, level) of a UNet; the grid at level l is halved l times, rounded up."""
-    if _compvis.is_unet(unet):
-        yield from _compvis.blocks(unet)
-        return
     level = 0
+    if is_compvis(unet):
+        for i, block in enumerate(unet.input_blocks):
+            for j, layer in enumerate(block):
+                level += _holds(layer, "Downsample")
+                yield f"input_blocks.{i}.{j}", layer, level
+        yield "middle_block", unet.middle_block, level
+        for i, block in enumerate(unet.output_blocks):
+            for j, layer in enumerate(block):
+                level -= _holds(layer, "Upsample")
+                yield f"output_blocks.{i}.{j}", layer, level
+        return
     for i, block in enumerate(unwrapped(unet.down_blocks)):
         yield f"down_blocks.{i}", block, level
         level += getattr(unwrapped(block), "downsamplers", None) is not None
     if getattr(unet, "mid_block", None) is not None:
-        yield "mid_block", unet.mid_block, level  # type: ignore[misc]
+        yield "mid_block", unet.mid_block, level
     for i, block in enumerate(unwrapped(unet.up_blocks)):
         yield f"up_blocks.{i}", block, level
         level -= getattr(unwrapped(block), "upsamplers", None) is not None
 
 
-def self_attention_layers(unet: nn.Module) -> Iterator[Layer]:
-    """The attention layers that are called without encoder states.
+def _holds(layer: nn.Module, name: str) -> bool:
+    """Whether one of the modules of `layer` is of a class called `name`: the packages share no classes."""
+    return any(type(module).__name__ == name for module in layer.modules())
 
-    Whether a call is self-attention shows only when it comes, and the processor decides then. Here the layers are
-    told that can be: keys are projected from as many channels as queries are. `is_cross_attention` alone does not
-    tell: AudioLDM's attn2 says True and is self-attention, as its UNet sets cross_attention_dim to its own widths.
-    Where the encoder's width equals a layer's by chance, other layers of the same UNet show that there is an encoder,
-    and the layer, or before diffusers 0.25 the transformer around it, whether it was built for one.
+
+def self_attention_layers(unet: nn.Module) -> list[Layer]:
+    """The attention layers that are called without encoder states, in the UNet's order.
+
+    Whether a call is self-attention shows only when it comes. Here the layers are found that can be: keys are projected
+    from as many channels as queries are. `is_cross_attention` alone does not tell: AudioLDM's attn2 says True and is
+    self-attention, as its UNet sets cross_attention_dim to its own widths. Where the encoder's width equals a layer's
+    by chance, other layers of the same UNet show that there is an encoder, and the layer, or before diffusers 0.25 the
+    transformer around it, whether it was built for one.
     """
     found, for_encoder = [], set()
     for prefix, block, level in blocks(unet):
@@ -72,7 +122,7 @@ def self_attention_layers(unet: nn.Module) -> Iterator[Layer]:
         for name, module in named_modules(block, prefix):
             if hasattr(module, "transformer_blocks"):
                 config = getattr(module, "config", None)
-            if get_processor(module) is not None:
+            if _is_attention(module):
                 found.append(Layer(name, module, level))
                 if _is_for_encoder(module, name, config):
                     for_encoder.add(name)
@@ -81,9 +131,15 @@ def self_attention_layers(unet: nn.Module) -> Iterator[Layer]:
         return getattr(layer.attn.to_q, "in_features", None) == getattr(layer.attn.to_k, "in_features", None)
 
     has_encoder = not all(own_width(layer) for layer in found)
-    for layer in found:
-        if own_width(layer) and not (has_encoder and layer.name in for_encoder):
-            yield layer
+    return [layer for layer in found if own_width(layer) and not (has_encoder and layer.name in for_encoder)]
+
+
+def _is_attention(module: Any) -> bool:
+    """Whether `module` has a processor, or the attributes of CompVis' attention, called as layer(x, context, mask)."""
+    if "to_q" not in module._modules or "to_k" not in module._modules:  # most: in a UNet of thousands this counts
+        return False
+    compvis = all(hasattr(module, name) for name in ("to_v", "to_out", "scale"))
+    return hasattr(module, "set_processor") or (compvis and (hasattr(module, "heads") or hasattr(module, "n_heads")))
 
 
 def _is_for_encoder(attn: nn.Module, name: str, config: Any) -> bool:
@@ -98,18 +154,115 @@ def _is_for_encoder(attn: nn.Module, name: str, config: Any) -> bool:
     return bool(getattr(config, "only_cross_attention", False))
 
 
-def get_processor(module: Any) -> Any:
-    """The attention processor of a layer; None for every other module."""
-    if "to_q" not in module._modules or "to_k" not in module._modules:  # most: in a UNet of thousands this counts
+def layers_to_patch(unet: nn.Module) -> list[Layer]:
+    """All self-attention layers. Raises ValueError if none of them is plain."""
+    layers = self_attention_layers(unet)
+    nothing = f"no self-attention layer of {type(unet).__name__} can be patched"
+    if not layers:
+        raise ValueError(f"{nothing}: its down, mid and up blocks hold none that litefocus knows")
+    reasons = [obstacle(layer.attn) for layer in layers]
+    if None not in reasons:
+        raise ValueError(f"{nothing} ({count_reasons(reasons)})")
+    return layers
+
+
+def count_reasons(reasons: list[str | None]) -> str:
+    """How many layers are not plain, and why: '2: its processor is X; 1: ...'. Empty if all are."""
+    return "; ".join(f"{count}: {reason}" for reason, count in Counter(filter(None, reasons)).items())
+
+
+def obstacle(attn: Any) -> str | None:
+    """Why no processor of ours can be put on a layer, or why none is reached there; None for a plain layer.
+
+    A plain layer runs the `forward` of its class, directly or behind hooks of accelerate, diffusers or a compiler. That
+    of diffusers leads to its processor, which must be one that attends and does nothing else; that of the authors'
+    `CrossAttention` attends itself.
+    """
+    compvis = not hasattr(attn, "set_processor")
+    forward = _forward_behind_hooks(attn)
+    if forward is not None:
+        function = getattr(forward, "__func__", None)
+        # an instance's forward comes before its class, so hooks on a CompVis layer reach ours only if they came later
+        if function is not type(attn).forward or (compvis and function is not FocusedForward.forward):
+            return f"its forward is replaced by {_name(forward)}"
+    kind = next(kind for kind in type(attn).__mro__ if "forward" in vars(kind) and kind is not FocusedForward)
+    own = vars(kind)["forward"]
+    named_so = getattr(own, "__qualname__", "") == f"{kind.__qualname__}.forward" and own.__module__ == kind.__module__
+    derived = any("forward" in vars(base) for base in kind.__mro__[1:] if base is not nn.Module)
+    if not named_so or hasattr(own, "__wrapped__") or derived:
+        return f"{kind.__name__} has a forward of its own"
+    if compvis:
+        plain = kind.__name__ == "CrossAttention" and set(attn._modules) == {"to_q", "to_k", "to_v", "to_out"}
+        return None if plain else f"{kind.__name__} is not known to attend as CompVis' CrossAttention does"
+    processor = getattr(attn, "processor", None)
+    if isinstance(processor, LiteFocusAttnProcessor) or type(processor).__name__ in PLAIN_PROCESSORS:
         return None
-    if hasattr(module, "set_processor"):
-        return getattr(module, "processor", None)
-    return _compvis.get_processor(module) if _compvis.is_attention(module) else None
+    return f"its processor is {_name(processor)}"
 
 
-def set_processor(attn: Any, processor: Any) -> None:
-    """Install `processor` on a layer."""
-    if hasattr(attn, "set_processor"):
-        attn.set_processor(processor)
-    else:
-        _compvis.set_processor(attn, processor)
+def _forward_behind_hooks(attn: Any) -> Any:
+    """The `forward` that hooks on a layer end in; None for that of its class."""
+    forward = vars(attn).get("forward")
+    while forward is not None:
+        if hasattr(forward, "_torchdynamo_orig_callable"):
+            forward = forward._torchdynamo_orig_callable
+        elif isinstance(forward, functools.partial) and forward.func.__module__ in FORWARD_HOOKS:
+            before = getattr(forward, "__wrapped__", None)
+            if before is forward.func:  # diffusers before 0.40 does not say what it wrapped
+                first = attn._diffusers_hook._fn_refs[0]
+                before = first.original_forward or first.forward
+            forward = before
+        else:
+            break
+    return forward
+
+
+def _name(thing: Any) -> str:
+    """Of a function its own, of other objects that of their class."""
+    name: str = getattr(thing, "__name__", type(thing).__name__)
+    return name
+
+
+def install(layer: Layer, context: Context) -> None:
+    """Make a plain layer go through a processor of ours. One that is patched already and wrapped since stays so."""
+    attn, before = layer.attn, patched(layer.attn)
+    if obstacle(attn) is not None:
+        if before is not None:
+            vars(attn)["_litefocus"] = before._replace(name=layer.name, context=context)
+        return
+    processor = getattr(attn, "processor", None)
+    original = None if before is None else before.original
+    if not hasattr(attn, "set_processor"):
+        if not isinstance(attn, FocusedForward):
+            kind: Any = type(attn)
+            attn.__class__ = with_focus(kind)
+    elif not isinstance(processor, LiteFocusAttnProcessor):
+        attn.set_processor(LiteFocusAttnProcessor(processor))
+        original = processor
+    elif processor.original is not None:
+        original = processor.original
+    vars(attn)["_litefocus"] = PatchedLayer(layer.name, context, original)
+
+
+def uninstall(attn: Any) -> None:
+    """Put back what was on a layer before it was patched; harmless on any other module."""
+    layer = vars(attn).pop("_litefocus", None)
+    if isinstance(attn, FocusedForward):
+        kind: Any = type(attn)
+        attn.__class__ = without_focus(kind)
+    processor = getattr(attn, "processor", None)
+    if isinstance(processor, LiteFocusAttnProcessor) and (layer is not None or processor.original is not None):
+        original = processor.original if processor.original is not None else layer.original
+        attn.set_processor(default_processor() if original is None else original)
+
+
+def overwritten(attn: Any) -> bool:
+    """Whether a plain processor has taken the place of ours on a patched layer: those call no other."""
+    name = type(getattr(attn, "processor", None)).__name__
+    return patched(attn) is not None and name in PLAIN_PROCESSORS
+
+
+def patched(attn: Any) -> PatchedLayer | None:
+    """What a patch keeps on a layer; None where there is none."""
+    layer: PatchedLayer | None = vars(attn).get("_litefocus")
+    return layer

@@ -1,52 +1,34 @@
-"""Install LiteFocus on the self-attention layers of a pipeline, and take it off again.
-
-What is installed is known in one place, the `Patches` of the UNet: the settings of every patch that has been made and
-neither removed nor left, the newest of which is in force. The layers get theirs from it.
-"""
+"""Put LiteFocus on the self-attention layers of a pipeline, and take it off again."""
 
 from __future__ import annotations
 
-import threading
 import warnings
-import weakref
-from collections import Counter
-from dataclasses import dataclass, field
-from types import TracebackType
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from litefocus._call import Watch, Watched
-from litefocus._compvis import OriginalAttention
-from litefocus._decoding import untile
-from litefocus._grid import Grid
-from litefocus._layers import blocks, get_processor, self_attention_layers, set_processor
-from litefocus._memory import hand_back_after, no_longer_after
-from litefocus._processor import Installed, LiteFocusAttnProcessor, installed_on, ours_in, processor_over
-from litefocus._status import LONG_CLIP, Status, status_of
-from litefocus._tango import restore_duration
-from litefocus._target import Plan, Target, plan, probed, resolve, warn_of_known_problems
-from litefocus.config import ConfigOptions, LiteFocusConfig, shows_options
+from litefocus._context import Context
+from litefocus._grid import MIN_KEYS_SAVED, NUM_SAMPLES, Grid, halved
+from litefocus._layers import (
+    Layer,
+    count_reasons,
+    install,
+    layers_to_patch,
+    obstacle,
+    patched,
+    self_attention_layers,
+    uninstall,
+)
+from litefocus._probe import probing
+from litefocus._registry import Handle, Setting, clear
+from litefocus._status import Status, status_of
+from litefocus._target import Target, resolve, settings_of, warn_of_known_problems
+from litefocus.config import ConfigOptions, LiteFocusConfig, merged_config, shows_options
 from litefocus.focus import FreqAxis
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-# Processors that attend and do nothing else, by name: clients bring copies of them under the same names.
-PLAIN_PROCESSORS = {
-    "AttnProcessor",
-    "AttnProcessor2_0",
-    "AttnProcessorNPU",
-    "CrossAttnProcessor",
-    "FusedAttnProcessor2_0",
-    "SlicedAttnProcessor",
-    "XFormersAttnProcessor",
-    "XFormersCrossAttnProcessor",
-    "XLAFlashAttnProcessor2_0",
-}
-
-_handles: weakref.WeakSet[Patch] = weakref.WeakSet()  # all that somebody still has
-_lock = threading.RLock()  # patches come and go one at a time, whichever threads they are made in
 
 
 @shows_options
@@ -60,39 +42,43 @@ def patch(
 ) -> Patch:
     """Restrict the self-attention of a text-to-audio pipeline to focus sets, in place.
 
-    The newest patch that was neither removed nor left is in force. One made outside of any `with` block replaces those
-    before it; one made inside of a block ends with it. Patches never stack. A handle can be entered until it is removed
-    or left, or `unpatch` is called: its block is under its own settings. Where two pipelines, or two threads, share one
-    UNet, they share its patches: patch once at start-up, not per request, and run in as many threads as you like. A
-    call that runs while the first patch comes or the last one goes is part dense; layers that are checkpointed run once
-    more in the backward pass, under what is in force then. On a CPU under Linux, memory that large layers and blocks of
-    the UNet have freed goes back to the system when they end.
+    A patch stays until it is removed, or until the next one replaces it. `with litefocus.patch(pipe):` patches for the
+    block alone; what counted before counts again when the block ends, and patches made inside of the block end with it.
+    Patches never stack: the newest counts. Pipelines and threads that share a UNet share its patches, so a server
+    patches once at start-up, not per request. A call that runs while the first patch comes or the last one goes is part
+    dense.
+
+    A layer is patched if its processor is one of diffusers' plain ones and its `forward` leads there. Every other layer
+    stays dense and runs its own code: a warning names it, and `status` does.
+
+    All elements of a batch use the samples of the first one's timestep. Compiled, traced and exported code, and calls
+    that record gradients, use the first sample at every step; so do calls that an input with `requires_grad` enters
+    without grad mode, as in a reentrant checkpoint. A checkpointed function that concatenates its inputs before it
+    calls the UNet hides that, and should be checkpointed with `use_reentrant=False`.
 
     Args:
         pipe: an AudioLDM, AudioLDM 2 or MusicLDM pipeline of diffusers, a Tango, Tango 2, Mustango or ConsistencyTTA
             object, a `LatentDiffusion` of the authors' audioldm and audioldm2 packages, or a 2-D UNet of one of those
             kinds, compiled or wrapped for distributed training or not.
         config: settings; `options` are fields of `LiteFocusConfig` that replace its values.
-        freq_bins: frequency bins of the latent at the UNet's input. A pipeline tells it (mel bins of its vocoder / VAE
-            scale factor, 16 for all published checkpoints); a bare UNet does not, and needs it.
+        freq_bins: frequency bins of the latent at the UNet's input (mel bins / VAE scale factor, 16 for all published
+            checkpoints). Not needed: the UNet's input shows it. If given, every input must have it.
         freq_axis: "width" (all AudioLDM-style models), or "height" where the latent is (frequency, time), as in
-            Riffusion and Auffusion.
+            Riffusion and Auffusion. The input does not show it.
         **options: fields of `LiteFocusConfig`.
 
     Returns:
-        The handle: `handle.remove()` takes the patch off, `with litefocus.patch(pipe): ...` does so on leaving, and its
-        repr is the table of what is patched.
+        The handle: `handle.remove()` takes the patch off, and so does the end of its `with` block, which can be entered
+        once. Its repr is the table of what is patched.
 
     Raises:
         TypeError: for an object without a 2-D UNet, or with several, and for unknown or mistyped options.
-        ValueError: for values out of range, for a missing or contradicting `freq_bins` or `freq_axis`, where no layer
-            qualifies, and while `probe` measures. A UNet whose input has another number of bins raises it when it is
-            called.
+        ValueError: for values out of range, for a contradicting `freq_bins` or `freq_axis`, where no layer can be
+            patched, and while `probe` measures. A UNet that is called with another number of bins than `freq_bins`
+            raises it at the call.
 
-    After an error the pipeline is as it was. Warns where the pipeline is known to fail without litefocus too, and names
-    the mend; and where a layer that is about to focus goes through a processor that may do more than attend, since
-    focused calls pass by what it adds, counts, records or edits. Source: arXiv 2407.10468, whose published patch covers
-    the levels with 8 bins of AudioLDM 2.
+    After an error the pipeline is as it was. Warns where the pipeline is known to fail without litefocus too, and says
+    how to fix it. Source: arXiv 2407.10468, whose published patch covers the levels with 8 bins of AudioLDM 2.
 
     >>> import litefocus
     >>> from diffusers import AudioLDM2Pipeline
@@ -102,31 +88,56 @@ def patch(
     >>> audio.shape
     (32000,)
     """
-    planned = plan("patch", pipe, config, freq_bins, freq_axis, options)
-    _check_some_layer_qualifies(planned)
-    warn_of_known_problems(pipe)
-    _warn_of_starving_processors(planned)
-    unet = planned.target.unet
-    with _lock:
-        entry = Entry(planned)
-        (patches_of(unet) or Patches()).add(unet, Slot(entry))
-        handle = Patch(planned.target, entry)
-        _handles.add(handle)
+    config = merged_config("patch()", config, options)
+    handle = patch_with(pipe, config, freq_bins=freq_bins, freq_axis=freq_axis, stacklevel=3)
     return handle
+
+
+def patch_with(
+    pipe: Any,
+    config: LiteFocusConfig,
+    *,
+    freq_bins: int | None = None,
+    freq_axis: FreqAxis = "width",
+    num_samples: int = NUM_SAMPLES,
+    min_keys_saved: int = MIN_KEYS_SAVED,
+    stacklevel: int = 2,
+) -> Patch:
+    """`patch`, with what only measurements change: see `Grid`."""
+    target = resolve(pipe)
+    freq_bins = target.check_axes(freq_bins, freq_axis)
+    layers = layers_to_patch(target.unet)
+    known_bins = target.geometry.freq_bins if target.geometry else freq_bins
+    if known_bins is not None:
+        _check_bins(target.unet, layers, config, known_bins)
+    grids = {
+        layer.name: Grid(
+            layer.name,
+            level=layer.level,
+            config=config,
+            freq_axis=freq_axis,
+            num_samples=num_samples,
+            min_keys_saved=min_keys_saved,
+        )
+        for layer in layers
+    }
+    warn_of_known_problems(pipe, stacklevel + 1)
+    _warn_of_dense_layers(layers, stacklevel + 1)
+    return Patch(target, PatchSetting(config, grids, freq_axis, freq_bins, known_bins))
 
 
 def unpatch(pipe: Any) -> None:
     """Put back every processor that LiteFocus replaced, the same objects. Harmless where nothing is patched.
 
-    Every patch is removed, also those of blocks that still run. Layers that something else has overwritten since are
-    left as they are; what has wrapped a processor keeps it, and it hands every call to the one before it. Tiles of
-    `tile_decoding`, and a length that `set_duration` gave a Tango object, are taken back too.
+    Every patch is removed, also those of blocks that still run, and with them the tiles of `tile_decoding` and the
+    length of `set_duration`. Layers that something else has overwritten since are left as they are. What has wrapped a
+    processor of ours keeps it, and it calls the one that it replaced.
 
     Args:
-        pipe: what `patch` accepts.
+        pipe: what `patch`, `tile_decoding` and `set_duration` accept.
 
     Raises:
-        TypeError: for what `patch` refuses.
+        TypeError: for an object with several UNets.
 
     >>> import litefocus
     >>> from diffusers import AudioLDM2Pipeline
@@ -136,151 +147,72 @@ def unpatch(pipe: Any) -> None:
     >>> litefocus.status(pipe).config is None
     True
     """
-    target = resolve(pipe)
-    with _lock:
-        for handle in list(_handles):
-            handle._entry.removed |= handle._unet() is target.unet
-        patches = patches_of(target.unet)
-        if patches is not None:
-            patches.keep(target.unet, [])
-        for module in target.unet.modules():  # brought back by something that had kept them, or installed by hand
-            take_off(module)
-            processor = get_processor(module)
-            if isinstance(processor, LiteFocusAttnProcessor) and processor.original is not None:
-                set_processor(module, processor.original)
-    untile(pipe)
-    restore_duration(pipe)
+    for module in settings_of(pipe):
+        for kind in ("patch", "tiles", "duration"):
+            clear(module, kind)
+        if isinstance(module, nn.Module):
+            for layer in module.modules():  # brought back by something that had kept them, or installed by hand
+                uninstall(layer)
 
 
-class Entry:
-    """One patch of one UNet: its settings, and a grid for every layer by name."""
+class PatchSetting(Setting):
+    """One patch of one UNet.
 
-    def __init__(self, planned: Plan) -> None:
-        self.config = planned.config
-        self.freq_bins, self.freq_axis = planned.freq_bins, planned.freq_axis
-        self.grids: dict[str, Grid] = {grid.name: grid for grid in planned.grids}
-        self.entered = self.removed = False
-
-
-@dataclass
-class Slot:
-    """An entry that is in place, by a `with` block or not. `replaced`: what comes back if a block enters it later."""
-
-    entry: Entry
-    in_block: bool = False
-    replaced: list[Slot] = field(default_factory=list)
-
-
-class Patches:
-    """What is installed on one UNet, kept on it as long as there is anything.
-
-    slots: what is in place, the newest last, which is in force.
+    grids: of its layers, by name. freq_bins: that its inputs must have, None for any. known_bins: that they are expected
+    to have, for `status` before the first call.
     """
 
-    def __init__(self) -> None:
-        self.slots: list[Slot] = []
-        self.watch: Watch | None = None
-        self.watched = Watched()
+    kind = "patch"
 
-    def add(self, unet: nn.Module, slot: Slot) -> None:
-        """Put an entry in force, on every layer or on none. Outside of a block it replaces what no block is in."""
-        if probed(unet):
+    def __init__(
+        self,
+        config: LiteFocusConfig,
+        grids: Mapping[str, Grid],
+        freq_axis: FreqAxis,
+        freq_bins: int | None,
+        known_bins: int | None,
+    ) -> None:
+        self.config, self.grids = config, grids
+        self.freq_axis, self.freq_bins, self.known_bins = freq_axis, freq_bins, known_bins
+
+    def install(self, module: nn.Module) -> None:
+        """Put processors on every layer that can be patched, or on none."""
+        if probing(module):
             raise ValueError("litefocus.probe is measuring this UNet's dense attention; leave its block, then patch")
-        layers = list(self_attention_layers(unet))
-        changed: list[tuple[Any, Any]] = []
+        context = vars(module).get("_litefocus_context") or Context()
+        layers = self_attention_layers(module)
+        before = [(layer.attn, patched(layer.attn), getattr(layer.attn, "processor", None)) for layer in layers]
         try:
             for layer in layers:
-                processor = get_processor(layer.attn)
-                if ours_in(processor) is None:
-                    set_processor(layer.attn, processor_over(processor))
-                    changed.append((layer.attn, processor))
+                install(layer, context)
         except BaseException:
-            for attn, processor in changed:
-                set_processor(attn, processor)
+            for attn, found, processor in before:
+                uninstall(attn)
+                if found is not None:
+                    vars(attn)["_litefocus"] = found
+                if processor is not None and attn.processor is not processor:
+                    attn.set_processor(processor)
             raise
-        before = {id(attn): processor for attn, processor in changed}
-        for layer in layers:
-            installed, processor = installed_on(layer.attn), get_processor(layer.attn)
-            if id(layer.attn) in before:
-                layer.attn._litefocus = Installed(layer.name, before[id(layer.attn)], processor, self.watched)
-            elif installed is None:
-                layer.attn._litefocus = Installed(layer.name, processor, None, self.watched)
-            else:  # it may have been moved
-                installed.name = layer.name
-        for name, block, _ in blocks(unet):
-            if not name.startswith("mid"):  # the smallest, which frees little
-                hand_back_after(block)
-        unet.__dict__["_litefocus_patches"] = self
-        inside = [i for i, other in enumerate(self.slots) if other.in_block]
-        kept = self.slots if slot.in_block else self.slots[: max(inside, default=-1) + 1]
-        slot.replaced = self.slots[len(kept) :]
-        self.keep(unet, [*kept, slot])
+        vars(module)["_litefocus_context"] = context
 
-    def enter(self, unet: nn.Module, entry: Entry) -> None:
-        """Begin a block of `entry`: what it had replaced is below it again, and comes back when the block ends."""
-        below: list[Slot] = []
-        for slot in self.slots:
-            if slot.entry is entry and not slot.in_block:
-                below += [old for old in slot.replaced if not (old.entry.entered or old.entry.removed)]
-            else:
-                below.append(slot)
-        self.slots = below
-        entry.entered = True
-        self.add(unet, Slot(entry, in_block=True))
+    def activate(self, module: nn.Module) -> None:
+        """Tell the layers, and watch the UNet's calls."""
+        context: Context = vars(module)["_litefocus_context"]
+        context.grids, context.finished = self.grids, 0
+        context.freq_bins, context.freq_axis = self.freq_bins, self.freq_axis
+        context.hook(module)
 
-    def keep(self, unet: nn.Module, slots: list[Slot]) -> None:
-        """Leave these in place, the last of them in force; without any, put everything back."""
-        self.slots = slots
-        entry = slots[-1].entry if slots else None
-        self.watched.grids, self.watched.finished = {} if entry is None else entry.grids, 0
-        for module in unet.modules():
-            installed = module.__dict__.get("_litefocus")
-            if installed is not None:
-                installed.watched = self.watched  # that of a layer which was copied into the UNet is a copy
-            if entry is None:
-                take_off(module)
-        if entry is None:
-            unet.__dict__.pop("_litefocus_patches", None)
-            if self.watch is not None:
-                self.watch.remove()
-                self.watch = None
-        elif self.watch is None:
-            self.watch = Watch(unet, self.watched, "patched", entry.freq_bins, entry.freq_axis)
-        else:  # the same hooks: a call that begins in another thread meanwhile must not miss them
-            self.watch.freq_bins, self.watch.freq_axis = entry.freq_bins, entry.freq_axis
-
-    def leave(self, unet: nn.Module, entry: Entry) -> None:
-        """End the newest block of `entry`, and what was patched inside of it without a block of its own."""
-        places = [i for i, slot in enumerate(self.slots) if slot.entry is entry and slot.in_block]
-        if not places:  # removed inside of the block
-            return
-        first = last = places[-1]
-        while last + 1 < len(self.slots) and not self.slots[last + 1].in_block:
-            last += 1
-        entry.removed = not places[:-1]
-        self.keep(unet, self.slots[:first] + self.slots[last + 1 :])
+    def uninstall(self, module: nn.Module) -> None:
+        """Put back what was on every layer."""
+        context: Context = vars(module).pop("_litefocus_context")
+        context.grids = {}
+        context.unhook()
+        for layer in module.modules():
+            if "_litefocus" in vars(layer):
+                uninstall(layer)
 
 
-def take_off(attn: Any) -> None:
-    """Put back what was on a layer, or a block, before it was patched; harmless on any other module."""
-    no_longer_after(attn)
-    installed = attn.__dict__.pop("_litefocus", None)
-    if installed is None:
-        return
-    processor = get_processor(attn)
-    if isinstance(processor, LiteFocusAttnProcessor):
-        # one that something brought back, or made anew, goes for what it stands for itself
-        own = processor is not installed.processor and processor.original is not None
-        set_processor(attn, processor.original if own else installed.before)
-
-
-def patches_of(unet: nn.Module) -> Patches | None:
-    """What is installed on a UNet, None where nothing is."""
-    patches: Patches | None = unet.__dict__.get("_litefocus_patches")
-    return patches
-
-
-class Patch:
+class Patch(Handle):
     """The handle that `patch` returns, in the manner of `torch.utils.hooks.RemovableHandle`.
 
     config: the settings that were installed. Its repr is `status` of the UNet, as it is now. It keeps no weights alive.
@@ -294,49 +226,16 @@ class Patch:
     >>> handle.remove()
     """
 
-    def __init__(self, target: Target, entry: Entry) -> None:
-        self.config = entry.config
-        self._entry = entry
-        self._unet = weakref.ref(target.unet)
+    _name = "patch"
+
+    def __init__(self, target: Target, setting: PatchSetting) -> None:
+        super().__init__(setting, target.unet)
+        self.config = setting.config
         self._owner, self._geometry = target.owner, target.geometry
 
-    def remove(self) -> None:
-        """Take this patch off, wherever it stands; an older one that is still in place is then in force again."""
-        self._entry.removed = True
-        unet = self._unet()
-        if unet is None:
-            return
-        with _lock:
-            patches = patches_of(unet)
-            if patches is not None and any(slot.entry is self._entry for slot in patches.slots):
-                patches.keep(unet, [slot for slot in patches.slots if slot.entry is not self._entry])
-
-    def __enter__(self) -> Patch:
-        """Put this patch's own settings in force. Raises RuntimeError if it was taken off already."""
-        unet, entry = self._unet(), self._entry
-        with _lock:
-            if unet is None or entry.removed:
-                raise RuntimeError("this patch is no longer in place; patch again: with litefocus.patch(pipe): ...")
-            (patches_of(unet) or Patches()).enter(unet, entry)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Restore what was in force before. A newer patch that another block is still inside of stays in force."""
-        unet = self._unet()
-        if unet is None:
-            return
-        with _lock:
-            patches = patches_of(unet)
-            if patches is not None:
-                patches.leave(unet, self._entry)
-
-    def __reduce__(self) -> str:
-        raise TypeError(
-            "the handle of a patch belongs to the UNet of this process and cannot be pickled; pickle "
-            "litefocus.status(pipe), or the patched UNet itself"
-        )
+    def _status(self) -> Status | None:
+        unet = self._modules[0]()
+        return None if unet is None else status_of(Target(self._owner, unet, self._geometry))
 
     def __repr__(self) -> str:
         found = self._status()
@@ -346,41 +245,28 @@ class Patch:
         found = self._status()
         return repr(self) if found is None else found._repr_html_()
 
-    def _status(self) -> Status | None:
-        unet = self._unet()
-        return None if unet is None else status_of(Target(self._owner, unet, self._geometry))
 
-
-def _warn_of_starving_processors(planned: Plan) -> None:
-    """Warn where a layer that is about to focus goes through something that may do more than attend."""
-    starving: Counter[str] = Counter()
-    for layer, grid in zip(planned.layers, planned.grids, strict=True):
-        processor = get_processor(layer.attn)
-        name = type(processor).__name__
-        if isinstance(processor, OriginalAttention):  # a `forward` that was set on a layer of the authors' code
-            name = "AttnProcessor" if processor.forward is None else f"forward of {type(processor.forward).__name__}"
-        if name not in PLAIN_PROCESSORS and ours_in(processor) is None and grid.keys_kept(LONG_CLIP) < 1:
-            starving[name] += 1
-    if starving:
-        found = " and ".join(f"{name} ({count} layers)" for name, count in starving.items())
+def _warn_of_dense_layers(layers: list[Layer], stacklevel: int) -> None:
+    reasons = [obstacle(layer.attn) for layer in layers]
+    if any(reasons):
+        count = len(reasons) - reasons.count(None)
         warnings.warn(
-            f"layers that are to focus go through {found}, which focused calls pass by: what it adds, counts, records "
-            "or edits there is lost until unpatch",
-            stacklevel=3,
+            f"{count} of {len(layers)} self-attention layers stay dense and run their own code "
+            f"({count_reasons(reasons)})",
+            stacklevel=stacklevel,
         )
 
 
-def _check_some_layer_qualifies(planned: Plan) -> None:
-    searched = f"no self-attention layer of {type(planned.target.unet).__name__} qualifies: "
-    bins = sorted({grid.freq_bins for grid in planned.grids}, reverse=True)
-    least = planned.config.min_freq_bins
+def _check_bins(unet: nn.Module, layers: list[Layer], config: LiteFocusConfig, freq_bins: int) -> None:
+    bins = sorted({halved(freq_bins, layer.level) for layer in layers}, reverse=True)
+    nothing = f"no self-attention layer of {type(unet).__name__} would focus: "
     if bins[0] == 1:
         raise ValueError(
-            f"{searched}all {len(planned.grids)} have a single frequency bin, which leaves no frequency axis to focus "
-            "on; check freq_bins"
+            f"{nothing}all {len(layers)} have a single frequency bin, which leaves no frequency axis to focus on; "
+            "check freq_bins"
         )
-    if bins[0] < least:
+    if bins[0] < config.min_freq_bins:
         raise ValueError(
-            f"{searched}searched {len(planned.grids)} layers with {', '.join(map(str, bins))} frequency bins, and "
-            f"min_freq_bins is {least}; set min_freq_bins to {bins[0]} or less"
+            f"{nothing}the {len(layers)} have {', '.join(map(str, bins))} frequency bins, and min_freq_bins is "
+            f"{config.min_freq_bins}; set min_freq_bins to {bins[0]} or less"
         )

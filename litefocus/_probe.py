@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from litefocus._call import Watch, Watched
+from litefocus._context import Context
 from litefocus._grid import Grid, halved
-from litefocus._layers import get_processor
-from litefocus._projection import attention_inputs
-from litefocus._table import as_html, as_text
-from litefocus._target import Plan, plan, probed
-from litefocus.config import ConfigOptions, LiteFocusConfig, shows_options
+from litefocus._layers import Layer, count_reasons, layers_to_patch, obstacle
+from litefocus._processor import attention_inputs
+from litefocus._registry import current
+from litefocus._table import Table
+from litefocus._target import resolve
+from litefocus.config import ConfigOptions, LiteFocusConfig, merged_config, shows_options
 from litefocus.focus import FreqAxis
 
 if TYPE_CHECKING:
@@ -26,22 +27,24 @@ if TYPE_CHECKING:
 
 QUERIES = 64  # of every call whose scores are looked at
 NATIVE_FRAMES = 256  # 10.24 s at 25 latent frames a second, what AudioLDM-style models were trained on
-# Settings within this mean error sounded like dense attention in our evaluation, whose table is examples/EVALUATION.md.
+# Settings within this mean error sounded like dense attention in our evaluation, examples/evidence/quality.md.
 CLOSE = 0.2
 
+_measured: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # UNets in a block of `probe`
 
-def settings_beside(config: LiteFocusConfig) -> dict[str, LiteFocusConfig]:
-    """What is compared: the settings asked about and a few others, each once; those asked about first."""
+
+def compared_settings(config: LiteFocusConfig) -> dict[str, LiteFocusConfig]:
+    """The settings that are compared: the given ones first, then a few others, each once."""
     default = LiteFocusConfig()
     named = {
-        "asked": config,
+        "given": config,
         "default": default,
         "paper": LiteFocusConfig.paper(),
         "shared sample": LiteFocusConfig(same_frequency=False, time_window=None),
         "window alone": LiteFocusConfig(time_window=NATIVE_FRAMES, far_sampled=0),
     }
     if config == default:
-        del named["asked"]
+        del named["given"]
     return named
 
 
@@ -57,7 +60,7 @@ class Share:
 class LayerProbe:
     """One self-attention layer, averaged over the calls, batch elements, heads and queries that were looked at.
 
-    name: its path in the UNet. freq_bins: of its grid. frames: of its grid at the last call. calls: how many.
+    name: its path in the UNet. freq_bins, frames: of its grid at the last call. calls: how many.
     same_frequency: dense attention's mass on the query's own frequency bin. focus: inside its focus set. window: no
         more than half a time window away. None where the layer was not called.
     errors: by settings, the distance of the attention output from dense attention's, relative to it (Frobenius norms
@@ -66,7 +69,7 @@ class LayerProbe:
     """
 
     name: str
-    freq_bins: int
+    freq_bins: int | None
     frames: int | None
     calls: int
     same_frequency: Share | None
@@ -124,17 +127,24 @@ def probe(
     >>> first.freq_bins, first.frames, first.same_frequency.uniform, 0 < first.same_frequency.mass < 1
     (8, 25, 0.125, True)
     """
-    planned = plan("probe", pipe, config, freq_bins, freq_axis, options)
-    unet = planned.target.unet
-    if "_litefocus_patches" in unet.__dict__:
+    config = merged_config("probe()", config, options)
+    target = resolve(pipe)
+    freq_bins = target.check_axes(freq_bins, freq_axis)
+    if current(target.unet, "patch") is not None:
         raise ValueError("the pipeline is patched, so its attention is not dense; litefocus.unpatch(pipe) first")
-    return Probe(planned)
+    known_bins = target.geometry.freq_bins if target.geometry else freq_bins
+    return Probe(target.unet, config, Context(freq_axis, freq_bins, "probed"), known_bins)
 
 
-class Probe:
+def probing(unet: nn.Module) -> bool:
+    """Whether a block of `probe` measures this UNet."""
+    return unet in _measured
+
+
+class Probe(Table):
     """What `litefocus.probe` returns: measures inside of its `with` block, prints as a table, in notebooks too.
 
-    layers: a `LayerProbe` for every self-attention layer, in the UNet's order, as far as it has been measured.
+    layers: a `LayerProbe` for every self-attention layer that `patch` would patch, in the UNet's order.
 
     >>> import litefocus
     >>> from diffusers import AudioLDM2Pipeline
@@ -144,35 +154,38 @@ class Probe:
     (8, 0, None)
     """
 
-    def __init__(self, planned: Plan) -> None:
-        self.config = planned.config
-        self._owner = type(planned.target.unet).__name__
-        self._unet = weakref.ref(planned.target.unet)
-        self._input = planned.freq_bins, planned.freq_axis
-        self._watched = Watched()
-        self._measured = [
-            _Measured(layer.attn, grid, self._watched)
-            for layer, grid in zip(planned.layers, planned.grids, strict=True)
+    def __init__(self, unet: nn.Module, config: LiteFocusConfig, context: Context, freq_bins: int | None) -> None:
+        self.config = config
+        self._owner = type(unet).__name__
+        self._unet = weakref.ref(unet)
+        self._context = context
+        layers = layers_to_patch(unet)
+        reasons = [obstacle(layer.attn) for layer in layers]
+        self._left_out = count_reasons(reasons)
+        self._layers = [
+            _Measured(layer, config, context, freq_bins)
+            for layer, reason in zip(layers, reasons, strict=True)
+            if reason is None
         ]
-        self._hooks: list[RemovableHandle | Watch] = []
+        self._hooks: list[RemovableHandle] = []
 
     @property
     def layers(self) -> tuple[LayerProbe, ...]:
-        """One row for every self-attention layer."""
-        return tuple(layer.row() for layer in self._measured)
+        """One row for every self-attention layer that `patch` would patch."""
+        return tuple(layer.row() for layer in self._layers)
 
     def __enter__(self) -> Probe:
         """Start measuring; a later block adds to the first."""
         unet = self._unet()
         if unet is None:
             raise RuntimeError("the UNet of this probe is gone; make another: with litefocus.probe(pipe): ...")
-        if probed(unet):
+        if probing(unet):
             raise RuntimeError("a probe is measuring this UNet already; leave its block first")
-        if "_litefocus_patches" in unet.__dict__:
+        if current(unet, "patch") is not None:
             raise RuntimeError("the pipeline was patched after the probe was made; litefocus.unpatch(pipe) first")
-        unet.__dict__["_litefocus_probe"] = weakref.ref(unet)
-        self._hooks = [Watch(unet, self._watched, "probed", *self._input)]
-        for layer in self._measured:
+        _measured.add(unet)
+        self._context.hook(unet)
+        for layer in self._layers:
             attn = layer.attn()
             if attn is not None:
                 self._hooks.append(attn.register_forward_pre_hook(layer.measure, with_kwargs=True))
@@ -185,10 +198,11 @@ class Probe:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._context.unhook()
         unet = self._unet()
         if unet is not None:
-            unet.__dict__.pop("_litefocus_probe", None)
-        if kind is None and not any(layer.calls for layer in self._measured):
+            _measured.discard(unet)
+        if kind is None and not any(layer.calls for layer in self._layers):
             raise RuntimeError(
                 "the probe saw no self-attention call: run the pipeline inside of the with block, and compile its "
                 "UNet afterwards, since a compiled one does not show its calls"
@@ -202,8 +216,8 @@ class Probe:
             return "nothing measured yet"
         mean = {name: sum(row.errors[name] for row in rows) / len(rows) for name in rows[0].errors}
         keys = {name: sum(row.keys_kept[name] for row in rows) for name in mean}
-        asked = next(iter(mean))
-        best = asked if mean[asked] <= CLOSE else min(mean, key=lambda name: mean[name])
+        given = next(iter(mean))
+        best = given if mean[given] <= CLOSE else min(mean, key=lambda name: mean[name])
         worst = max(rows, key=lambda row: row.errors[best])
         found = f"{best}: {mean[best]:.0%} from dense on average, at most {worst.errors[best]:.0%} ({worst.name})"
         if mean[best] <= CLOSE:
@@ -212,8 +226,8 @@ class Probe:
             more = f"; {cheapest} would do too ({mean[cheapest]:.0%}), with fewer keys" if cheapest else ""
             return f"{found}: use it{more}"
         # the error of a sample shrinks with the root of its size
-        ratio = min(1.0, self.config.sparse_ratio * (mean[asked] / CLOSE) ** 2)
-        far_off = [row.name for row in rows if row.errors[asked] > CLOSE]
+        ratio = min(1.0, self.config.sparse_ratio * (mean[given] / CLOSE) ** 2)
+        far_off = [row.name for row in rows if row.errors[given] > CLOSE]
         return (
             f"{found}: {len(far_off)} of {len(rows)} layers attend to few single tokens, such as {far_off[0]}; raise "
             f"sparse_ratio to {ratio:.2g}"
@@ -223,12 +237,13 @@ class Probe:
         return [
             f"attention of {self._owner} beside its dense attention: error of the output, and where its mass lies",
             f"focus sets of {self.config}",
+            *([f"left out, as they would stay dense: {self._left_out}"] if self._left_out else []),
             self.advice,
         ]
 
     def _table(self) -> list[tuple[str, ...]]:
         window = self.config.time_window or NATIVE_FRAMES
-        names = list(settings_beside(self.config))
+        names = list(compared_settings(self.config))
         masses = ("same frequency", "focus set", f"window of {window}")
         table = [
             (
@@ -237,12 +252,16 @@ class Probe:
                 *(cell for name in masses for cell in (f"mass, {name}", "uniform")),
             )
         ]
-        levels: dict[int, list[LayerProbe]] = {}
+        levels: dict[int | None, list[LayerProbe]] = {}
         for row in self.layers:
             levels.setdefault(row.freq_bins, []).append(row)
         for freq_bins, rows in levels.items():
             seen = [row for row in rows if row.calls]
-            cells = [str(freq_bins), str(len(rows)), str(seen[-1].frames) if seen else "-"]
+            cells = [
+                "?" if freq_bins is None else str(freq_bins),
+                str(len(rows)),
+                str(seen[-1].frames) if seen else "-",
+            ]
             for name in names:
                 cells.append(f"{sum(row.errors[name] for row in seen) / len(seen):.1%}" if seen else "-")
             for mass in ("same_frequency", "focus", "window"):
@@ -252,26 +271,22 @@ class Probe:
             table.append(tuple(cells))
         return table
 
-    def __repr__(self) -> str:
-        return as_text(self._summary(), self._table())
-
-    def _repr_html_(self) -> str:
-        return as_html(self._summary(), self._table())
-
 
 class _Measured:
     """What one layer's attention has looked at so far."""
 
-    def __init__(self, attn: nn.Module, grid: Grid, watched: Watched) -> None:
-        self.attn, self.grid, self.watched = weakref.ref(attn), grid, watched
+    def __init__(self, layer: Layer, config: LiteFocusConfig, context: Context, freq_bins: int | None) -> None:
+        self.attn, self.context = weakref.ref(layer.attn), context
         self.grids = {
-            name: Grid(grid.name, grid.freq_bins, level=grid.level, config=config, freq_axis=grid.freq_axis)
-            for name, config in settings_beside(grid.config).items()
+            name: Grid(layer.name, level=layer.level, config=each, freq_axis=context.freq_axis)
+            for name, each in compared_settings(config).items()
         }
+        self.grid = next(iter(self.grids.values()))  # of the given settings
         self.off = dict.fromkeys(self.grids, 0.0)  # squared distances from dense attention's output, summed
         self.norm = 0.0  # its square
-        self.window = halved(grid.config.time_window or NATIVE_FRAMES, grid.level)
+        self.window = halved(config.time_window or NATIVE_FRAMES, layer.level)
         self.calls = 0
+        self.freq_bins = None if freq_bins is None else halved(freq_bins, layer.level)
         self.frames: int | None = None
         self.mass = torch.zeros(3, dtype=torch.float64)  # same frequency, focus set, window; summed over calls
         self.uniform = torch.zeros(3, dtype=torch.float64)
@@ -282,10 +297,12 @@ class _Measured:
             means = ((self.mass / self.calls).tolist(), (self.uniform / self.calls).tolist())
             same_frequency, focus, window = (Share(*pair) for pair in zip(*means, strict=True))
         errors = {name: (off / max(self.norm, 1e-30)) ** 0.5 for name, off in self.off.items()}
-        kept = {name: grid.keys_kept(self.frames) if self.frames else 1.0 for name, grid in self.grids.items()}
+        kept = dict.fromkeys(self.grids, 1.0)
+        if self.frames and self.freq_bins:
+            kept = {name: grid.keys_kept(self.frames, self.freq_bins) for name, grid in self.grids.items()}
         return LayerProbe(
             self.grid.name,
-            self.grid.freq_bins,
+            self.freq_bins,
             self.frames,
             self.calls,
             same_frequency,
@@ -307,15 +324,16 @@ class _Measured:
             others = [value for name, value in kwargs.items() if name != "hidden_states"]
         if any(isinstance(value, Tensor) for value in others):
             return
-        query, key, value = attention_inputs(attn, states, processor=get_processor(attn))
+        fused = type(getattr(attn, "processor", None)).__name__.startswith("Fused")
+        query, key, value = attention_inputs(attn, states, fused=fused)
         tokens = query.shape[2]
-        frames = self.grid.num_frames(tokens, self.watched.lengths)
-        if frames is None:  # merged tokens: they lie on no grid
+        size = self.context.grid_of(tokens, self.grid)
+        if size is None:  # merged tokens: they lie on no grid
             return
         chosen = self._choose(tokens).to(query.device)
-        sets = self._sets(chosen, frames)  # (3, queries, tokens)
+        sets = self._sets(chosen, *size)  # (3, queries, tokens)
         mass = torch.zeros(3, dtype=torch.float64)
-        biases = {name: self._bias(grid, chosen, frames) for name, grid in self.grids.items()}
+        biases = {name: self._bias(grid, chosen, size) for name, grid in self.grids.items()}
         for one_query, one_key, one_value in zip(query, key, value, strict=True):  # one batch element at a time
             scores = one_query[:, chosen].float() @ one_key.float().transpose(1, 2) * query.shape[-1] ** -0.5
             weights = scores.softmax(dim=-1)  # (heads, queries, tokens)
@@ -328,13 +346,14 @@ class _Measured:
                     self.off[name] += float((focused - dense).double().square().sum())
         self.mass += mass / len(query)
         self.uniform += sets.double().mean(dim=(1, 2)).cpu()
-        self.frames, self.calls = frames, self.calls + 1
+        self.frames, self.freq_bins = size
+        self.calls += 1
 
-    def _bias(self, grid: Grid, chosen: Tensor, frames: int) -> Tensor | None:
+    def _bias(self, grid: Grid, chosen: Tensor, size: tuple[int, int]) -> Tensor | None:
         """(queries, tokens): log weights in the focus set, -inf outside; None where the settings leave it dense."""
-        if grid.keys_kept(frames) == 1:
+        if grid.keys_kept(*size) == 1:
             return None
-        focus = grid.focus_set(frames, chosen.device)
+        focus = grid.focus_set(*size, chosen.device)
         keys = focus.keys[focus.inverse[chosen] // focus.queries.shape[1]]
         weights = torch.zeros(keys.shape[1], device=chosen.device) if focus.log_weights is None else focus.log_weights
         bias = torch.full((len(chosen), focus.tokens), -torch.inf, device=chosen.device)
@@ -346,16 +365,16 @@ class _Measured:
         generator = torch.Generator("cpu").manual_seed(seed)
         return torch.randperm(tokens, generator=generator, device="cpu")[:QUERIES]
 
-    def _sets(self, chosen: Tensor, frames: int) -> Tensor:
+    def _sets(self, chosen: Tensor, frames: int, freq_bins: int) -> Tensor:
         """(3, queries, tokens) booleans: the own frequency bin, the focus set and the time window of every query."""
-        token = torch.arange(frames * self.grid.freq_bins, device=chosen.device)
+        token = torch.arange(frames * freq_bins, device=chosen.device)
         if self.grid.freq_axis == "width":
-            bins, times = token % self.grid.freq_bins, token // self.grid.freq_bins
+            bins, times = token % freq_bins, token // freq_bins
         else:
             bins, times = token // frames, token % frames
         same_frequency = bins[chosen, None] == bins
         window = (times[chosen, None] - times).abs() <= self.window / 2
-        focus = self.grid.focus_set(frames, chosen.device)
+        focus = self.grid.focus_set(frames, freq_bins, chosen.device)
         group = focus.inverse[chosen] // focus.queries.shape[1]
         in_focus = torch.zeros_like(same_frequency).scatter(1, focus.keys[group], True)
         return torch.stack([same_frequency, in_focus, window])

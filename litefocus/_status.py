@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from litefocus._decoding import Tiles, decoding_bytes, tiling_of
-from litefocus._flops import StepFlops, step_flops
-from litefocus._grid import halved
-from litefocus._layers import Layer, get_processor
-from litefocus._processor import LiteFocusAttnProcessor, installed_on, ours_in
-from litefocus._table import as_html, as_text
+from torch import nn
+
+from litefocus._decoding import Tiles, decoding_bytes, tiles_of
+from litefocus._grid import Grid, halved
+from litefocus._layers import Layer, blocks, named_modules, obstacle, overwritten, patched, self_attention_layers
+from litefocus._registry import current
+from litefocus._table import Table
 from litefocus._target import Target, resolve
 from litefocus.config import LiteFocusConfig
 
@@ -19,12 +21,30 @@ LONG_CLIP = 10**6  # frames, for what a layer does where no length is given: no 
 
 
 @dataclass(frozen=True)
+class StepFlops:
+    """Estimated floating-point operations of one UNet step for one batch element.
+
+    attention: those of every self-attention layer's scores and values, patched, in the UNet's order.
+    """
+
+    dense: float
+    patched: float
+    attention: tuple[float, ...] = ()
+
+    @property
+    def ratio(self) -> float:
+        """How many times less arithmetic the patched step needs; the most that it can be faster."""
+        return self.dense / self.patched
+
+
+@dataclass(frozen=True)
 class LayerStatus:
     """One self-attention layer.
 
     name: its path in the UNet.
-    freq_bins: frequency bins of its grid; None if neither a pipeline nor a patch says.
-    state: "focus" or "dense", with a reason where there is one, or "overwritten by <class>".
+    freq_bins: frequency bins of its grid; None if neither a pipeline, nor a patch, nor a call has shown it.
+    state: "focus" or "dense", with a reason where there is one; "overwritten by <class>"; "not reached by the last
+        call".
     frames, keys_kept: frames of its grid and the share of keys that a query attends to, in (0, 1], at the length that
         `status` was asked for; None without one.
     """
@@ -37,18 +57,20 @@ class LayerStatus:
 
 
 @dataclass(frozen=True, repr=False)
-class Status:
+class Status(Table):
     """What `litefocus.status` found. Prints as a table, in notebooks too.
 
-    unet: class name. config: settings of the patch in force, None where there is none.
+    unet: class name. config: settings of the patch that counts, None where there is none.
     layers: one row for every self-attention layer, in the UNet's order; what is printed has one for every level.
-    seconds, frames, flops: the length asked for, its frames at the UNet's input, and the step's estimated arithmetic.
+    seconds, frames: the length asked for, and its frames at the UNet's input.
+    flops: the step's estimated arithmetic at that length; where nothing is patched, with `patched` as `patch(pipe)`
+        would make it.
     tiles, decoding_bytes: of `tile_decoding`, None without; estimated memory of decoding one clip of that length.
 
     >>> row = LayerStatus("mid_block.attentions.0", freq_bins=2, state="dense", frames=None, keys_kept=None)
     >>> Status("UNet2DConditionModel", None, (row,))
     LiteFocus on UNet2DConditionModel: 0 of 1 self-attention layers focus
-    not installed
+    not patched
     freq bins  layers  state
     2          1       dense
     """
@@ -76,7 +98,8 @@ class Status:
             )
         if self.config.time_window is not None and not (self.config.reweight and self.config.far_sampled):
             return (
-                "advice: a time window alone hears nothing of the rest of the clip; leave far_sampled and reweight on"
+                "advice: a time window alone attends to nothing of the rest of the clip; "
+                "leave far_sampled and reweight on"
             )
         if self.tiles is None and (self.decoding_bytes or 0) > MUCH_MEMORY:
             return "advice: litefocus.tile_decoding(pipe) decodes in the memory of one tile"
@@ -84,15 +107,16 @@ class Status:
 
     def _summary(self) -> list[str]:
         states = [layer.state for layer in self.layers]
-        overwritten = sum(state.startswith("overwritten") for state in states)
+        count = sum(state.startswith("overwritten") for state in states)
         focus = sum(state.startswith("focus") for state in states)
         lines = [f"LiteFocus on {self.unet}: {focus} of {len(states)} self-attention layers focus"]
-        if overwritten:
-            lines[0] += f", {overwritten} overwritten since they were patched"
-        lines.append(str(self.config) if self.config else "not installed")
+        if count:
+            lines[0] += f", {count} overwritten since they were patched"
+        lines.append(str(self.config) if self.config else "not patched")
         if self.flops is not None:
+            become = "become" if self.config else "would become, by litefocus.patch(pipe),"
             lines.append(
-                f"at {self.seconds:g} s: {self.flops.dense / 1e9:,.1f} GFLOPs a step become "
+                f"at {self.seconds:g} s: {self.flops.dense / 1e9:,.1f} GFLOPs a step {become} "
                 f"{self.flops.patched / 1e9:,.1f} (estimated), at most {self.flops.ratio:.2f}x faster"
             )
         if self.tiles is not None or self.decoding_bytes is not None:
@@ -129,21 +153,15 @@ class Status:
             table.append(tuple(cells))
         return table
 
-    def __repr__(self) -> str:
-        return as_text(self._summary(), self._table())
-
-    def _repr_html_(self) -> str:
-        return as_html(self._summary(), self._table())
-
 
 def status(pipe: Any, seconds: float | None = None) -> Status:
-    """What each self-attention layer does right now: focus, dense, or overwritten by something else.
+    """What each self-attention layer does right now, and what the patch saves.
 
     Args:
         pipe: what `patch` accepts, patched or not.
         seconds: length of a clip. With it, the table adds the share of keys that each layer keeps at that length, and
-            how much less arithmetic one step of the UNet needs. It takes a pipeline: a bare UNet does not say how many
-            frames a second has.
+            how much less arithmetic one step of the UNet needs; before `patch`, as it would be with its defaults. It
+            takes a pipeline: a bare UNet does not say how many frames a second has.
 
     Returns:
         The table.
@@ -160,14 +178,15 @@ def status(pipe: Any, seconds: float | None = None) -> Status:
     >>> status.layers[0].state, status.layers[0].frames, round(status.layers[0].keys_kept, 3)
     ('focus', 1000, 0.097)
     """
-    found, tiles = status_of(resolve(pipe), seconds), tiling_of(pipe)
+    found, tiles = status_of(resolve(pipe), seconds), tiles_of(pipe)
     memory = None if seconds is None else decoding_bytes(pipe, seconds, tiles)
     return replace(found, tiles=tiles, decoding_bytes=memory)
 
 
 def status_of(target: Target, seconds: float | None = None) -> Status:
     """The same of what is resolved already."""
-    geometry, num_frames = target.geometry, None
+    geometry, unet, setting = target.geometry, target.unet, current(target.unet, "patch")
+    num_frames = None
     if seconds is not None:
         if geometry is None or geometry.hop_seconds is None:
             raise ValueError(
@@ -175,39 +194,88 @@ def status_of(target: Target, seconds: float | None = None) -> Status:
                 "pass the whole pipeline to status(pipe, seconds=...)"
             )
         num_frames = geometry.num_frames(seconds)
-    layers = target.layers
-    rows = tuple(_row(layer, target, num_frames) for layer in layers)
+    freq_bins = geometry.freq_bins if geometry else None
+    if setting is not None:
+        seen = vars(unet)["_litefocus_context"].seen
+        freq_bins = seen[-1][1] if seen else setting.known_bins
+    layers = self_attention_layers(unet)
+    rows = tuple(_row(layer, freq_bins, num_frames, setting is not None) for layer in layers)
     flops = None
-    if num_frames and geometry:
+    if num_frames and freq_bins:
         kept = {layer.attn: row.keys_kept or 1.0 for layer, row in zip(layers, rows, strict=True)}
-        flops = step_flops(target.unet, kept, num_frames, geometry.freq_bins)
-    grids = (one.grid_in_force for one in map(installed_on, (layer.attn for layer in layers)) if one is not None)
-    config = next((grid.config for grid in grids if grid is not None), None)
-    return Status(type(target.unet).__name__, config, rows, seconds, num_frames, flops)
+        if setting is None:
+            kept = {layer.attn: _kept_by_default(layer, num_frames, freq_bins) for layer in layers}
+        flops = step_flops(unet, kept, num_frames, freq_bins)
+    config = None if setting is None else setting.config
+    return Status(type(unet).__name__, config, rows, seconds, num_frames, flops)
 
 
-def _row(layer: Layer, target: Target, num_frames: int | None) -> LayerStatus:
-    processor, installed = get_processor(layer.attn), installed_on(layer.attn)
-    geometry = target.geometry
-    freq_bins = halved(geometry.freq_bins, layer.level) if geometry else None
-    frames = halved(num_frames, layer.level) if num_frames else None
-    grid = getattr(processor, "grid", None) if isinstance(processor, LiteFocusAttnProcessor) else None
+def _kept_by_default(layer: Layer, num_frames: int, freq_bins: int) -> float:
+    """Share of keys that a layer would keep after `patch(pipe)`."""
+    if obstacle(layer.attn) is not None:
+        return 1.0
+    return Grid(layer.name, level=layer.level).keys_kept(*(halved(x, layer.level) for x in (num_frames, freq_bins)))
+
+
+def _row(layer: Layer, freq_bins: int | None, num_frames: int | None, is_patched: bool) -> LayerStatus:
+    """freq_bins, num_frames: at the UNet's input, as far as they are known."""
     state, kept = "dense", 1.0
-    if installed is not None and installed.grid_in_force is not None:
-        grid = installed.grid_in_force
-    elif grid is None and isinstance(processor, LiteFocusAttnProcessor):
-        state = "dense: its patch was removed"
-    if grid is not None:
-        freq_bins = grid.freq_bins
-        wrapped = not isinstance(processor, LiteFocusAttnProcessor)
-        passed_over = installed is not None and grid.reached < installed.watched.finished
-        if wrapped and (passed_over or ours_in(processor) is None):
-            state = f"overwritten by {type(processor).__name__}"
+    bins = None if freq_bins is None else halved(freq_bins, layer.level)
+    frames = None if num_frames is None else halved(num_frames, layer.level)
+    found, hindrance = patched(layer.attn), obstacle(layer.attn)
+    grid = None if found is None else found.grid
+    if is_patched and (found is None or grid is None):
+        state = f"dense: {hindrance or 'it came after the patch'}"
+    elif found is not None and grid is not None:
+        unreached = grid.last_call < found.context.finished
+        if overwritten(layer.attn):
+            state = f"overwritten by {type(layer.attn.processor).__name__}"
+        elif unreached:
+            state = "not reached by the last call"
+        elif hindrance and not grid.last_call:
+            state = "not known before a call"
         else:
-            kept = grid.keys_kept(frames or LONG_CLIP)
+            kept = grid.keys_kept(frames or LONG_CLIP, bins or max(2, grid.config.min_freq_bins))
             state = "dense" if kept == 1 else "focus"
-            if grid.mismatch is not None and kept < 1:
-                state, kept = f"dense: {grid.mismatch}", 1.0
-            if wrapped:
-                state += f", wrapped by {type(processor).__name__}"
-    return LayerStatus(layer.name, freq_bins, state, frames, kept if frames else None)
+            if grid.why_dense is not None and kept < 1:
+                state, kept = f"dense: {grid.why_dense}", 1.0
+        if hindrance and not state.startswith("overwritten"):
+            state += f"; {hindrance}"
+    return LayerStatus(layer.name, bins, state, frames, kept if frames else None)
+
+
+def step_flops(unet: nn.Module, keys_kept: Mapping[Any, float], num_frames: int, freq_bins: int) -> StepFlops:
+    """Arithmetic of one UNet step: convolutions, projections and self-attention, 2 FLOPs a multiplication.
+
+    Cross-attention over the prompt's tokens, embeddings and norms are left out; they are below 2 % from 10 s on.
+
+    Args:
+        unet: without wrappers.
+        keys_kept: share of keys for every self-attention layer, by the layer itself.
+        num_frames: of the grid at the UNet's input.
+        freq_bins: of the grid at the UNet's input.
+    """
+    dense = saved = 0.0
+    attention = dict.fromkeys(keys_kept, 0.0)
+    # keys and values of cross-attention are made of the prompt's tokens, which are few
+    of_prompt = set()
+    module: Any
+    for module in unet.modules():
+        if hasattr(module, "to_q") and module not in keys_kept:
+            of_prompt |= {
+                id(part) for name in ("to_k", "to_v") for part in getattr(module, name, nn.Module()).modules()
+            }
+    for prefix, block, level in blocks(unet):
+        for name, module in named_modules(block, prefix):
+            at = level + (".downsamplers." in name) - (".upsamplers." in name)
+            tokens = halved(num_frames, at) * halved(freq_bins, at)
+            if module in keys_kept:
+                scores = 4 * tokens**2 * module.to_q.out_features
+                attention[module] = scores * keys_kept[module]
+                dense += scores
+                saved += scores - attention[module]
+            in_transformer = ".attentions" in name or ".transformer_blocks." in name
+            per_token = isinstance(module, nn.Conv2d) or (isinstance(module, nn.Linear) and in_transformer)
+            if per_token and id(module) not in of_prompt:
+                dense += 2 * module.weight.numel() * tokens
+    return StepFlops(dense, dense - saved, tuple(attention.values()))

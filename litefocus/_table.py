@@ -1,23 +1,29 @@
-"""Tables for people, as text and as HTML."""
+"""What prints as a few lines and a table, in terminals and in notebooks."""
 
 from __future__ import annotations
 
 import html
 
 
-def as_text(summary: list[str], table: list[tuple[str, ...]]) -> str:
-    """Lines of summary, then a table in columns; its first row is the header."""
-    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table)
-    return "\n".join([*summary, *(line.rstrip() for line in lines)])
+class Table:
+    """Shown by its `_summary` and its `_table`, whose first row is the header."""
 
+    def _summary(self) -> list[str]:
+        return []
 
-def as_html(summary: list[str], table: list[tuple[str, ...]]) -> str:
-    """The same for notebooks."""
+    def _table(self) -> list[tuple[str, ...]]:
+        return [()]
 
-    def row(cells: tuple[str, ...], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    def __repr__(self) -> str:
+        table = self._table()
+        widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table)
+        return "\n".join([*self._summary(), *(line.rstrip() for line in lines)])
 
-    header, *rows = table
-    top = "<br>".join(html.escape(line) for line in summary)
-    return f"<p>{top}</p><table>{row(header, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>"
+    def _repr_html_(self) -> str:
+        def row(cells: tuple[str, ...], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        header, *rows = self._table()
+        top = "<br>".join(html.escape(line) for line in self._summary())
+        return f"<p>{top}</p><table>{row(header, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>"

@@ -11,15 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from litefocus._latent import LatentGeometry, latent_geometry
-from litefocus._layers import unwrapped
+from litefocus._registry import Setting, clear, put
+from litefocus._target import LatentGeometry, latent_geometry, tango_model
 
 
-class PrepareLatents:
+class Duration(Setting):
     """Stands for `prepare_latents` on one model: the same draw, of `num_frames` frames."""
+
+    kind = "duration"
 
     def __init__(self, num_frames: int, freq_bins: int) -> None:
         self.num_frames, self.freq_bins = num_frames, freq_bins
+        self.original: Any = None  # what was set on the model itself
 
     def __call__(
         self,
@@ -34,13 +37,29 @@ class PrepareLatents:
         sigma: float = inference_scheduler.init_noise_sigma
         return torch.randn(shape, dtype=dtype, device=device) * sigma
 
+    def install(self, module: Any) -> None:
+        """Remember what was set on the model itself, if anything was."""
+        before = vars(module).get("prepare_latents")
+        self.original = before.original if isinstance(before, Duration) else before
+
+    def activate(self, module: Any) -> None:
+        """Draw this length."""
+        module.prepare_latents = self
+
+    def uninstall(self, module: Any) -> None:
+        """Draw the length of the original code."""
+        if isinstance(vars(module).get("prepare_latents"), Duration):
+            del module.prepare_latents
+            if self.original is not None:
+                module.prepare_latents = self.original
+
 
 def set_duration(tango: Any, seconds: float | None) -> None:
     """Make `tango.generate(prompt)` produce clips of `seconds` seconds, on this object only.
 
-    Independent of `patch`; but it is the long clips that get faster by it. Mustango's own code
-    drops every beat that it predicts at 10 seconds or later, and predicts chords for the beats that are left: longer
-    clips, like its own of 10.24 s, go without beats from there on.
+    Independent of `patch`, which makes the long ones faster. Mustango's own code drops every beat that it predicts at
+    10 seconds or later, and predicts chords for the beats that are left: longer clips, like its own of 10.24 s, go
+    without beats from there on.
 
     Args:
         tango: a Tango, Tango 2 or Mustango object. Its own code has no argument for the length.
@@ -57,22 +76,15 @@ def set_duration(tango: Any, seconds: float | None) -> None:
     >>> tango.model.prepare_latents.num_frames
     2000
     """
-    model: Any = unwrapped(getattr(tango, "model", None))
-    if not callable(getattr(model, "prepare_latents", None)):
+    model = tango_model(tango)
+    if model is None:
         raise TypeError(
             f"got an object of type {type(tango).__name__}; set_duration takes a Tango, Tango 2 or Mustango object "
             "(one with model.prepare_latents). The pipelines of diffusers take audio_length_in_s=... at every call"
         )
     if seconds is None:
-        restore_duration(tango)
+        clear(model, "duration")
         return
     published = LatentGeometry(freq_bins=16, hop_seconds=0.01, vae_scale_factor=4)  # every checkpoint's
     geometry = latent_geometry(tango) or published
-    model.prepare_latents = PrepareLatents(geometry.num_frames(seconds), geometry.freq_bins)
-
-
-def restore_duration(tango: Any) -> None:
-    """Undo `set_duration`. Harmless for every object."""
-    attributes = getattr(unwrapped(getattr(tango, "model", None)), "__dict__", {})
-    if isinstance(attributes.get("prepare_latents"), PrepareLatents):
-        del attributes["prepare_latents"]
+    put(model, Duration(geometry.num_frames(seconds), geometry.freq_bins))

@@ -1,18 +1,16 @@
-"""What was handed in, asked once: its UNet, the geometry of its latent, its self-attention layers and their grids."""
+"""What was handed in, read in this file alone: its UNet, the geometry of its latent, what decodes, Tango's model."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
 from torch import jit, nn
 
-from litefocus import _compvis
-from litefocus._grid import Grid, halved
-from litefocus._latent import LatentGeometry, input_freq_bins, latent_geometry
-from litefocus._layers import Layer, self_attention_layers, unwrapped
-from litefocus.config import ConfigOptions, LiteFocusConfig, merged_config
+from litefocus._layers import is_compvis, unwrapped
+from litefocus.config import positive_integer
 from litefocus.focus import FreqAxis, check_freq_axis
 
 ACCEPTED = (
@@ -23,6 +21,36 @@ ACCEPTED = (
 UNET_PARTS = {"conv_in", "input_blocks"}
 # where a model keeps its UNet, tried in this order
 UNET_PATHS = ("", "unet", "student_unet", "model.unet", "model.student_unet", "model.diffusion_model")
+# where the pipelines of diffusers, LatentDiffusion, and the VAEs of Tango and of LatentDiffusion make sound of a mel
+WAVEFORM_METHODS = ("mel_spectrogram_to_waveform", "decode_to_waveform")
+
+
+@dataclass(frozen=True)
+class LatentGeometry:
+    """The grid of a model's latent.
+
+    freq_bins: at the UNet's input. hop_seconds: of the mel spectrogram, None if the model does not say.
+    vae_scale_factor: mel frames, and mel bins, that a VAE makes one of.
+    """
+
+    freq_bins: int
+    hop_seconds: float | None
+    vae_scale_factor: int
+
+    def num_frames(self, seconds: float) -> int:
+        """Frames of the latent for a clip, rounded as the pipelines of diffusers round them.
+
+        Raises TypeError for what is no number, ValueError for a length that is not finite or below a mel frame.
+        """
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+            raise TypeError(f"seconds must be a number, got {seconds!r} ({type(seconds).__name__})")
+        if not (math.isfinite(seconds) and seconds > 0):
+            raise ValueError(f"seconds must be finite and above 0, got {seconds!r}")
+        assert self.hop_seconds is not None
+        mel_frames = int(seconds / self.hop_seconds)
+        if not mel_frames:
+            raise ValueError(f"seconds must be at least one mel frame, {self.hop_seconds:g}, got {seconds!r}")
+        return math.ceil(mel_frames / self.vae_scale_factor)
 
 
 @dataclass(frozen=True)
@@ -30,31 +58,39 @@ class Target:
     """A model that can be patched.
 
     owner: its class name, for messages. unet: without wrappers. geometry: of its latent, None where it does not say.
+    makes_images: whether its VAE decodes to pictures in colour, as those of Stable Diffusion's kin do.
     """
 
     owner: str
     unet: nn.Module
     geometry: LatentGeometry | None
+    makes_images: bool = False
 
-    @property
-    def layers(self) -> list[Layer]:
-        """Its self-attention layers, in the UNet's order."""
-        return list(self_attention_layers(self.unet))
+    def check_axes(self, freq_bins: int | None, freq_axis: FreqAxis) -> int | None:
+        """`freq_bins`, checked against what the model says of its latent. Raises what `patch` says that it raises."""
+        check_freq_axis(freq_axis)
+        if freq_bins is not None:
+            freq_bins = positive_integer("freq_bins", freq_bins)
+        if freq_axis != "width" and self.geometry is not None:
+            raise ValueError(
+                f"freq_axis={freq_axis!r} contradicts {self.owner}, whose latent is (time, frequency); "
+                "leave freq_axis out"
+            )
+        if freq_bins is not None and self.geometry is not None and self.geometry.freq_bins != freq_bins:
+            raise ValueError(
+                f"freq_bins={freq_bins} contradicts the pipeline, whose latent has {self.geometry.freq_bins} frequency "
+                "bins; leave freq_bins out"
+            )
+        if freq_axis == "width" and self.makes_images:
+            raise ValueError(
+                f"{self.owner} makes pictures of spectrograms, whose height is frequency; pass "
+                'freq_axis="height", with freq_bins=64 (Riffusion) or 32 (Auffusion). For others, pass the UNet alone'
+            )
+        return freq_bins
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A target with settings that fit it: `grids` are those of its `layers`, in order.
-
-    freq_bins, freq_axis: of the UNet's input.
-    """
-
-    target: Target
-    config: LiteFocusConfig
-    freq_bins: int
-    freq_axis: FreqAxis
-    layers: tuple[Layer, ...]
-    grids: tuple[Grid, ...]
+class UnsupportedError(TypeError):
+    """There is no 2-D UNet in what was handed in."""
 
 
 def resolve(pipe: Any) -> Target:
@@ -70,65 +106,78 @@ def resolve(pipe: Any) -> Target:
             continue
         unet = _unet_in(candidate)
         if unet is not None:
-            return Target(type(pipe).__name__, unet, latent_geometry(pipe))
+            config = getattr(getattr(pipe, "vae", None), "config", None)
+            return Target(type(pipe).__name__, unet, latent_geometry(pipe), getattr(config, "in_channels", None) == 3)
         seen.append((path, candidate))
-    raise TypeError(_why_not(pipe, seen))
+    raise UnsupportedError(_unsupported_reason(pipe, seen))
 
 
-def plan(
-    caller: str,
-    pipe: Any,
-    config: LiteFocusConfig | None,
-    freq_bins: int | None,
-    freq_axis: FreqAxis,
-    overrides: ConfigOptions,
-) -> Plan:
-    """What `patch` and `probe` have in common: the same rules, the same messages. Changes nothing.
+def latent_geometry(pipe: Any) -> LatentGeometry | None:
+    """Frequency bins and frame rate of a pipeline's latent; None where it does not say.
 
-    caller: name of the public function, for messages. Raises what `patch` says that it raises.
+    Read from the VAE and the vocoder, which in the original AudioLDM code, and in Tango's, is a part of the VAE;
+    `LatentDiffusion` of the original code knows its `latent_f_size`.
     """
-    config = merged_config(f"{caller}()", config, overrides)
-    check_freq_axis(freq_axis)
-    target = resolve(pipe)
-    if freq_axis != "width" and target.geometry is not None:
-        raise ValueError(
-            f"freq_axis={freq_axis!r} contradicts {target.owner}, whose latent is (time, frequency); "
-            "leave freq_axis out"
-        )
-    if freq_axis == "width" and _makes_images(pipe):
-        raise ValueError(
-            f"{target.owner} makes pictures of spectrograms, whose height is frequency; pass "
-            'freq_axis="height", with freq_bins=64 (Riffusion) or 32 (Auffusion). For others, pass the UNet alone'
-        )
-    bins = input_freq_bins(target.owner, target.geometry, freq_bins)
-    layers = tuple(target.layers)
-    if not layers:
-        raise ValueError(
-            f"no self-attention layer of {type(target.unet).__name__} qualifies: its down, mid and up blocks hold no "
-            "attention layer with a settable processor; there is nothing for litefocus to speed up in this UNet"
-        )
-    grids = tuple(
-        Grid(layer.name, halved(bins, layer.level), level=layer.level, config=config, freq_axis=freq_axis)
-        for layer in layers
-    )
-    return Plan(target, config, bins, freq_axis, layers, grids)
+    if hasattr(pipe, "latent_f_size"):
+        return LatentGeometry(pipe.latent_f_size, None, 1)
+    vae: Any = getattr(pipe, "vae", None)
+    vae_config: Any = getattr(vae, "config", None)
+    vocoder: Any = getattr(getattr(pipe, "vocoder", None), "config", None)
+    if hasattr(vocoder, "model_in_dim") and hasattr(vae_config, "block_out_channels"):
+        vae_scale_factor = 2 ** (len(vae_config.block_out_channels) - 1)
+        mel_bins, rates, sampling_rate = vocoder.model_in_dim, vocoder.upsample_rates, vocoder.sampling_rate
+    elif hasattr(getattr(vae, "encoder", None), "num_resolutions") and hasattr(getattr(vae, "vocoder", None), "h"):
+        hifigan = vae.vocoder.h
+        vae_scale_factor = 2 ** (vae.encoder.num_resolutions - 1)
+        mel_bins, rates, sampling_rate = hifigan.num_mels, hifigan.upsample_rates, hifigan.sampling_rate
+    else:
+        return None
+    return LatentGeometry(mel_bins // vae_scale_factor, math.prod(rates) / sampling_rate, vae_scale_factor)
 
 
-def probed(unet: nn.Module) -> bool:
-    """Whether a block of `probe` measures this UNet, not one that it was copied from."""
-    measuring = unet.__dict__.get("_litefocus_probe")
-    return measuring is not None and measuring() is unet
+def settings_of(pipe: Any) -> list[Any]:
+    """The objects that settings of this library may be kept on; none where there is nothing of the kind.
+
+    Raises TypeError for an object with several UNets.
+    """
+    try:
+        unet = resolve(pipe).unet
+    except UnsupportedError:
+        unet = None
+    owners = [unet, vae_and_vocoder(pipe)[0], *(owner for owner, _ in waveform_makers(pipe)), tango_model(pipe)]
+    return list({id(owner): owner for owner in owners if owner is not None}.values())
 
 
-def warn_of_known_problems(pipe: Any) -> None:
-    """Warn where the pipeline at hand is known to fail without litefocus too, and say what mends it."""
+def tango_model(pipe: Any) -> Any:
+    """The model of a Tango, Tango 2 or Mustango object, whose `prepare_latents` draws the noise; None of others."""
+    model = unwrapped(getattr(pipe, "model", None))
+    return model if callable(getattr(model, "prepare_latents", None)) else None
+
+
+def vae_and_vocoder(pipe: Any) -> tuple[Any, Any]:
+    """The modules that decode; in Tango and in the authors' code the vocoder is a part of the VAE. None where none."""
+    vae = next((part for name in ("vae", "first_stage_model") if (part := getattr(pipe, name, None)) is not None), None)
+    vae = unwrapped(vae)
+    vocoder = getattr(vae, "vocoder", None) if getattr(pipe, "vocoder", None) is None else pipe.vocoder
+    return vae, unwrapped(vocoder)
+
+
+def waveform_makers(pipe: Any) -> list[tuple[Any, str]]:
+    """(object, method) of everything that makes sound of a mel spectrogram with the vocoder of `pipe`."""
+    vae, _ = vae_and_vocoder(pipe)
+    owners = [owner for owner in (unwrapped(pipe), vae) if owner is not None]
+    return [(owner, name) for owner in owners for name in WAVEFORM_METHODS if callable(getattr(owner, name, None))]
+
+
+def warn_of_known_problems(pipe: Any, stacklevel: int) -> None:
+    """Warn where the pipeline at hand is known to fail without litefocus too, and say how to fix it."""
     model = getattr(pipe, "language_model", None)
     if type(model).__name__ == "GPT2Model" and not hasattr(model, "_update_model_kwargs_for_generation"):
         warnings.warn(
             "this AudioLDM 2 pipeline holds a GPT2Model, with which it fails on transformers 4.52 and newer, without "
             "litefocus too; load it with language_model=GPT2LMHeadModel.from_pretrained(repo, "
             'subfolder="language_model"), the same weights',
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 
@@ -144,23 +193,15 @@ def _check_not_several(pipe: Any) -> None:
             if unet is not None:
                 unets.setdefault(id(unet), prefix + name)
     if len(unets) > 1:
-        geometry = latent_geometry(pipe)
         raise TypeError(
             f"{type(pipe).__name__} holds {len(unets)} UNets ({', '.join(unets.values())}), and a call decides which "
-            f"of them it uses; pass that one, as in litefocus.patch(pipe.{list(unets.values())[-1]}, "
-            f"freq_bins={geometry.freq_bins if geometry else '...'})"
+            f"of them it uses; pass that one, as in litefocus.patch(pipe.{list(unets.values())[-1]})"
         )
-
-
-def _makes_images(pipe: Any) -> bool:
-    """Whether the VAE decodes to pictures in colour, as those of Stable Diffusion's kin do."""
-    config = getattr(getattr(unwrapped(pipe), "vae", None), "config", None)
-    return getattr(config, "in_channels", None) == 3
 
 
 def _unet_in(module: Any) -> nn.Module | None:
     """The UNet that `module` is, or that it holds and passes on the attributes of, as adapters do; None for others."""
-    if not isinstance(module, nn.Module) or not (_is_diffusers_unet(module) or _compvis.is_unet(module)):
+    if not isinstance(module, nn.Module) or not (_is_diffusers_unet(module) or is_compvis(module)):
         return None
     holders = (part for part in module.modules() if not UNET_PARTS.isdisjoint(part._modules))
     return next(holders, module)
@@ -181,20 +222,24 @@ def _is_video(module: nn.Module) -> bool:
     return nn.Conv3d in kinds or any(word in kind.__name__ for kind in kinds for word in ("Temporal", "Motion", "3D"))
 
 
-def _why_not(pipe: Any, seen: list[tuple[str, Any]]) -> str:
-    what = f"an object of type {type(pipe).__name__}" if pipe is not None else "None"
-    for path, candidate in seen:
+def _unsupported_reason(pipe: Any, seen: list[tuple[str, Any]]) -> str:
+    owner = type(pipe).__name__
+    if getattr(pipe, "transformer", None) is not None and getattr(pipe, "unet", None) is None:
+        return (
+            f"{owner} has a transformer and no 2-D UNet, so its latent has no frequency axis to focus "
+            f"on; litefocus accepts {ACCEPTED}"
+        )
+    for _, candidate in seen:
         kind = type(candidate).__name__
         if isinstance(candidate, jit.ScriptModule) or "Traced" in kind:
             return (
-                f"the UNet of {type(pipe).__name__} is traced ({kind}), and nothing inside of a traced module can be "
+                f"the UNet of {owner} is traced ({kind}), and nothing inside of a traced module can be "
                 "patched; load the model without tracing (in Riffusion: use_traced_unet=False)"
             )
-        if path.endswith("unet"):
-            what += f", whose {path} ({kind}) is no 2-D UNet"
-    if getattr(pipe, "transformer", None) is not None and getattr(pipe, "unet", None) is None:
-        return (
-            f"{type(pipe).__name__} has a transformer and no 2-D UNet, so its latent has no frequency axis to focus "
-            f"on; litefocus accepts {ACCEPTED}"
-        )
+    parts = [f"its {path} ({type(candidate).__name__}) is no 2-D UNet" for path, candidate in seen if path]
+    if not parts and hasattr(pipe, "unet"):
+        parts = ["its unet is None: load it with one"]
+    if parts:
+        return f"{owner} cannot be patched: {', and '.join(parts)}; litefocus accepts {ACCEPTED}"
+    what = "None" if pipe is None else f"an object of type {owner}"
     return f"got {what}; litefocus accepts {ACCEPTED}"

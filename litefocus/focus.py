@@ -28,7 +28,7 @@ Index = NDArray[np.int64]
 MIN_BLOCK = 64  # queries that share a time window: with fewer, fused attention runs at a third of its speed
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FocusSet:
     """The focus sets of all tokens, as int64 indices into the tokens. Queries with equal keys form a group.
 
@@ -58,6 +58,14 @@ class FocusSet:
     def keys_per_query(self) -> int:
         """Number of keys in every query's focus set."""
         return self.keys.shape[1]
+
+    def __repr__(self) -> str:
+        groups, queries = self.queries.shape
+        weights = "equal weights" if self.log_weights is None else f"weights up to {self.log_weights.max().exp():.3g}"
+        return (
+            f"FocusSet({self.tokens} tokens in {groups} groups of {queries}, {self.keys_per_query} keys each "
+            f"({self.keys_per_query / self.tokens:.1%}), {weights}, {self.keys.device})"
+        )
 
     def to(self, device: torch.device | str) -> FocusSet:
         """The same sets with their indices on `device`."""
@@ -107,6 +115,7 @@ def focus_set(
     layer: str = "",
     freq_axis: FreqAxis = "width",
     draw: int = 0,
+    **options: Any,
 ) -> FocusSet:
     """The focus sets of a grid of `num_frames` x `freq_bins` tokens, on the CPU.
 
@@ -137,7 +146,8 @@ def focus_set(
         random state alone.
 
     Raises:
-        TypeError: for sizes that are no integers, and for a `config` that is no `LiteFocusConfig`.
+        TypeError: for sizes that are no integers, for a `config` that is no `LiteFocusConfig`, and for its fields as
+            `options`, which `patch` takes and this function does not.
         ValueError: for sizes below 1 and for an unknown `freq_axis`.
 
     Source: LiteFocus, arXiv 2407.10468, as an exact set union, where the published code counts a sampled key of the
@@ -150,6 +160,9 @@ def focus_set(
     >>> focus.log_weights.exp().unique()  # the own bin, and 100 / 20
     tensor([1., 5.])
     """
+    if options:
+        fields = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise TypeError(f"focus_set() takes settings as one object: focus_set(..., config=LiteFocusConfig({fields}))")
     num_frames = positive_integer("num_frames", num_frames)
     freq_bins = positive_integer("freq_bins", freq_bins)
     config = checked_config(config)

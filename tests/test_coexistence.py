@@ -16,6 +16,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from support.oracle import install_oracle
 from support.pipelines import JOINT, build, generate
+from support.settings import hand_in
 from torch import Tensor, nn
 
 import litefocus
@@ -27,8 +28,8 @@ CONFIG = LiteFocusConfig(sparse_ratio=0.2, min_sampled=0)  # clips this short wo
 @pytest.fixture(autouse=True)
 def as_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oracle knows no timesteps, so one sample serves all; and it masks grids of any size."""
-    monkeypatch.setattr("litefocus._grid.DRAWS", 1)
-    monkeypatch.setattr("litefocus._grid.MIN_KEYS_SAVED", 1)
+    hand_in(monkeypatch, num_samples=1)
+    hand_in(monkeypatch, min_keys_saved=1)
 
 
 @pytest.fixture(params=["AudioLDM", "AudioLDM 2"])
@@ -211,7 +212,7 @@ def test_a_saved_pipeline_loads_clean(pipe: Any, tmp_path: Any) -> None:
 
 
 def test_two_pipelines_in_two_threads(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("litefocus._grid.DRAWS", 4)  # each has its own timestep at hand
+    hand_in(monkeypatch, num_samples=4)  # each has its own timestep at hand
     other = copy.deepcopy(pipe)
     litefocus.patch(pipe, CONFIG)
     litefocus.patch(other, sparse_ratio=0.05, min_sampled=0, seed=9, min_freq_bins=4)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 from support.pipelines import audioldm2_unet, audioldm_unet
+from support.settings import hand_in
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -27,7 +28,7 @@ TWO_LEVELS = {
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("litefocus._grid.DRAWS", 1)  # compiled UNets keep the first sample at every step
+    hand_in(monkeypatch, num_samples=1)  # compiled UNets keep the first sample at every step
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     yield
@@ -115,7 +116,7 @@ def test_inductor_with_time_windows(device: torch.device) -> None:
     litefocus.patch(unet, PAPER, freq_bins=16, time_window=8, far_sampled=3, reweight=True)
     expected = step(unet, 160)
     torch.testing.assert_close(step(torch.compile(unet, fullgraph=True), 160), expected, rtol=1e-4, atol=1e-5)
-    (cached,) = unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1._litefocus.grid._drawn.values()
+    (cached,) = unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1._litefocus.grid._built.values()
     assert cached.sets[0].keys.shape == (16, 68 + 7 * 7 + 8 * 3)
 
 

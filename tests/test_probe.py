@@ -10,6 +10,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from support.authors import original_unet, run_original
 from support.oracle import Grids, allowed, biased_attention, bin_and_frame
 from support.pipelines import JOINT, build, generate
+from support.settings import hand_in
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,7 +23,7 @@ FRAMES, BINS = 8, 8  # as many tokens as the probe looks at: no query is left ou
 
 @pytest.fixture(autouse=True)
 def small_grids_focus_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("litefocus._grid.MIN_KEYS_SAVED", 1)
+    hand_in(monkeypatch, min_keys_saved=1)
 
 
 @pytest.fixture
@@ -41,9 +42,10 @@ class OneLayer(nn.Module):
     whose values are its tokens. level: how often the grid was halved before.
     """
 
-    def __init__(self, channels: int, sharpness: float, level: int = 0) -> None:
+    def __init__(self, channels: int, sharpness: float, level: int = 0, freq_axis: str = "width") -> None:
         super().__init__()
-        self.conv_in = nn.Conv2d(1, 1, 1)
+        self.conv_in, self.conv_out = nn.Conv2d(1, 1, 1), nn.Identity()
+        self.level, self.freq_axis = level, freq_axis
         self.attn = Attention(channels, heads=1, dim_head=channels)
         self.down_blocks = nn.ModuleList([*(Halving() for _ in range(level)), nn.ModuleList([self.attn])])
         self.up_blocks = nn.ModuleList()
@@ -53,7 +55,9 @@ class OneLayer(nn.Module):
             self.attn.to_v.weight.copy_(torch.eye(channels))
 
     def forward(self, tokens: Tensor, **others: Tensor) -> Tensor:
-        return self.attn(tokens, **others)
+        grid = tokens.shape[1] // BINS << self.level, BINS << self.level
+        self.conv_in(torch.zeros(1, 1, *(grid if self.freq_axis == "width" else grid[::-1])))
+        return self.conv_out(self.attn(tokens, **others))
 
 
 def tokens_that_tell(what: int, freq_axis: str = "width", frames: int = FRAMES) -> Tensor:
@@ -65,7 +69,7 @@ def tokens_that_tell(what: int, freq_axis: str = "width", frames: int = FRAMES) 
 @pytest.mark.parametrize("freq_axis", ["width", "height"])
 @pytest.mark.parametrize("sharpness", [0.0, 1.0, 3.0])
 def test_attention_to_the_own_bin_is_measured(sharpness: float, freq_axis: Any) -> None:
-    unet = OneLayer(BINS, sharpness)
+    unet = OneLayer(BINS, sharpness, freq_axis=freq_axis)
     with litefocus.probe(unet, freq_bins=BINS, freq_axis=freq_axis, sparse_ratio=0.25, min_sampled=0) as probe:
         unet(tokens_that_tell(0, freq_axis))
     (row,) = probe.layers
@@ -82,7 +86,7 @@ def test_attention_to_the_own_bin_is_measured(sharpness: float, freq_axis: Any) 
 @pytest.mark.parametrize("freq_axis", ["width", "height"])
 @pytest.mark.parametrize("level", [0, 2])
 def test_attention_to_the_own_frame_is_measured(freq_axis: Any, level: int) -> None:
-    unet = OneLayer(FRAMES, 2.0, level)
+    unet = OneLayer(FRAMES, 2.0, level, freq_axis)
     window = 4 * 2**level  # counted at the input: 4 frames at the layer
     with litefocus.probe(unet, freq_bins=BINS * 2**level, freq_axis=freq_axis, time_window=window) as probe:
         unet(tokens_that_tell(1, freq_axis))
@@ -111,13 +115,13 @@ def test_errors_where_all_tokens_of_a_bin_are_alike() -> None:
         unet(tokens_that_tell(0, frames=80))
     (row,) = probe.layers
     assert row.errors == {
-        "asked": pytest.approx(off(math.e, 0.25), rel=1e-4),
+        "given": pytest.approx(off(math.e, 0.25), rel=1e-4),
         "default": pytest.approx(0, abs=1e-5),
         "paper": pytest.approx(off(math.e, 0.1), rel=1e-4),
         "shared sample": pytest.approx(0, abs=1e-5),
         "window alone": pytest.approx(0, abs=1e-5),
     }
-    keys = {"asked": 80 + 7 * 20, "default": 80 + 7 * 32, "paper": 80 + 7 * 8, "shared sample": 8 * 32}
+    keys = {"given": 80 + 7 * 20, "default": 80 + 7 * 32, "paper": 80 + 7 * 8, "shared sample": 8 * 32}
     for name, expected in keys.items():
         assert row.keys_kept[name] == pytest.approx(expected / 640)
 
@@ -140,7 +144,7 @@ class Recorder:
             weights = attn.get_attention_scores(query.flatten(0, 1), key.flatten(0, 1))
             frames, bins = self.grids.found[self.name.split(".transformer_blocks")[0]]
             same = torch.arange(frames * bins) % bins
-            inside = allowed(focus_set(frames, bins, self.configs["asked"], layer=self.name))
+            inside = allowed(focus_set(frames, bins, self.configs["given"], layer=self.name))
             self.same_frequency.append((weights * (same[:, None] == same)).sum(dim=-1).mean().item())
             self.focus.append((weights * inside).sum(dim=-1).mean().item())
             dense = weights.double() @ value.flatten(0, 1).double()
@@ -167,7 +171,7 @@ def test_every_layer_of_a_pipeline_is_measured_and_its_audio_stays() -> None:
     assert [row.name for row in probe.layers] == [row.name for row in litefocus.status(pipe).layers]
 
     recorders, grids = {}, Grids(pipe.unet)
-    configs = {"asked": asked, "default": LiteFocusConfig(), "paper": LiteFocusConfig.paper()}
+    configs = {"given": asked, "default": LiteFocusConfig(), "paper": LiteFocusConfig.paper()}
     for name, module in pipe.unet.named_modules():
         if isinstance(module, Attention):
             recorders[name] = Recorder(name, grids, configs)
@@ -181,7 +185,7 @@ def test_every_layer_of_a_pipeline_is_measured_and_its_audio_stays() -> None:
         for name in configs:
             error = (recorder.off[name] / recorder.norm) ** 0.5
             assert row.errors[name] == pytest.approx(error, rel=1e-3, abs=1e-5), (row.name, name)
-        assert (row.errors["asked"] > 0.01) == (row.freq_bins >= 4)  # others stay dense
+        assert (row.errors["given"] > 0.01) == (row.freq_bins >= 4)  # others stay dense
 
 
 def test_the_authors_code_is_measured_and_unchanged() -> None:
@@ -246,7 +250,7 @@ def test_the_default_is_advised_where_what_was_asked_about_is_biased() -> None:
     with litefocus.probe(unet, LiteFocusConfig.paper(), freq_bins=BINS) as probe:
         unet(tokens)
     errors = probe.layers[0].errors
-    assert errors["asked"] == errors["paper"] == pytest.approx(off(1.0, 0.1), rel=0.1)
+    assert errors["given"] == errors["paper"] == pytest.approx(off(1.0, 0.1), rel=0.1)
     assert 0.05 < errors["default"] < errors["shared sample"] < 0.2
     assert probe.advice == (
         f"default: {errors['default']:.0%} from dense on average, at most {errors['default']:.0%} (down_blocks.0.0): "
@@ -362,7 +366,8 @@ def test_masked_calls_of_the_authors_code_are_not_measured() -> None:
     unet = original_unet("audioldm2 full")
     layer = unet.input_blocks[4][1].transformer_blocks[0].attn1
     states, mask = torch.randn(1, 32, layer.to_q.in_features), torch.ones(1, 32, dtype=torch.bool)
-    with torch.no_grad(), litefocus.probe(unet, freq_bins=16) as probe:
+    with torch.no_grad(), litefocus.probe(unet) as probe:
+        unet.input_blocks[0][0](torch.zeros(1, 8, 8, 16))  # shows the grid: 4 frames x 8 bins at this layer
         layer(states)
         layer(states, mask=mask)
         layer(states, None, mask)
@@ -449,10 +454,10 @@ def test_refusals() -> None:
         litefocus.probe(unet, freq_bins=BINS)
     with pytest.raises(TypeError, match=r"probe\(\) has no option 'sparse_ration'. Did you mean 'sparse_ratio'"):
         litefocus.probe(unet, freq_bins=BINS, sparse_ration=0.2)
-    with pytest.raises(ValueError, match="freq_bins cannot be read"):
-        litefocus.probe(unet)
     with pytest.raises(ValueError, match="freq_axis must be"):
         litefocus.probe(unet, freq_bins=BINS, freq_axis="depth")
     unet.down_blocks = nn.ModuleList()
-    with pytest.raises(ValueError, match=r"no self-attention layer of OneLayer qualifies.* nothing for litefocus"):
+    with pytest.raises(
+        ValueError, match="no self-attention layer of OneLayer can be patched: .* hold none that litefocus knows"
+    ):
         litefocus.probe(unet, freq_bins=BINS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, SlicedAttnProcessor
 from support.oracle import allowed
+from support.settings import hand_in
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -19,7 +20,7 @@ FRAMES, BINS = 10, 4
 @pytest.fixture(autouse=True)
 def small_grids_focus_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Grids that an oracle can afford save fewer keys than make a focus call cheaper."""
-    monkeypatch.setattr("litefocus._grid.MIN_KEYS_SAVED", 1)
+    hand_in(monkeypatch, min_keys_saved=1)
 
 
 class Recorder:
@@ -127,7 +128,7 @@ def test_a_time_window_is_counted_at_the_input_and_halved_level_by_level() -> No
         None, layer="here", freq_bins=BINS, config=LiteFocusConfig.paper(min_freq_bins=1, time_window=19)
     )
     assert torch.equal(at_level_2(attn, x), of_19(attn, x))
-    assert at_level_2.grid.keys_kept(200) == (64 + 20 + 3 * 8) / 800
+    assert at_level_2.grid.keys_kept(200, BINS) == (64 + 20 + 3 * 8) / 800
     assert at_level_2.grid.config is config
 
 
@@ -138,7 +139,7 @@ def test_small_grids_stay_dense_as_a_focus_call_would_not_be_cheaper(frames, den
     at_2_bins = processor(recorder, freq_bins=2, sparse_ratio=0.1)
     at_2_bins(attn, x)
     assert bool(recorder.calls) is dense
-    assert (at_2_bins.grid.keys_kept(frames) == 1) is dense
+    assert (at_2_bins.grid.keys_kept(frames, 2) == 1) is dense
 
 
 @pytest.mark.parametrize("tokens", [3, 41])
@@ -150,12 +151,12 @@ def test_refuses_tokens_that_are_no_grid(tokens) -> None:
 def test_a_focus_set_is_built_once_for_a_length_and_few_are_kept() -> None:
     ours, attn = processor(), attention()
     ours(attn, torch.randn(1, 8 * BINS, 16))
-    (first,) = ours.grid._drawn.values()
+    (first,) = ours.grid._built.values()
     ours(attn, torch.randn(3, 8 * BINS, 16))
-    assert list(ours.grid._drawn.values()) == [first]
+    assert list(ours.grid._built.values()) == [first]
     for frames in range(9, 20):
         ours(attn, torch.randn(1, frames * BINS, 16))
-    assert [frames for frames, _ in ours.grid._drawn] == [16, 17, 18, 19]
+    assert [frames for frames, *_ in ours.grid._built] == [16, 17, 18, 19]
 
 
 def test_inference_mode_first_does_not_spoil_gradients_later() -> None:
@@ -185,7 +186,7 @@ def test_copies_and_pickles_without_its_index(duplicate) -> None:
     ours, attn, x = processor(AttnProcessor2_0()), attention(), torch.randn(1, FRAMES * BINS, 16)
     expected = ours(attn, x)
     other = duplicate(ours)
-    assert other.grid._drawn == {}
+    assert other.grid._built == {}
     assert other.original is not ours.original
     assert torch.equal(other(attn, x), expected)
 

@@ -16,14 +16,17 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from support.oracle import install_oracle
 from support.pipelines import build, generate, minimal_unet
+from support.settings import hand_in, one_sample
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import litefocus
 from litefocus import FocusSet, LiteFocusConfig, focus_attention, focus_set
-from litefocus._call import _hash, draw_of
-from litefocus._grid import DRAWS, Grid
+from litefocus._context import Call, _hash, _thread
+from litefocus._context import sample_index as draw_of
+from litefocus._grid import NUM_SAMPLES as DRAWS
+from litefocus._grid import Grid
 
 CONFIG = LiteFocusConfig(min_sampled=2, sparse_ratio=0.05)  # few keys, so that two samples differ by much
 BINS, FRAMES = 8, 50
@@ -209,13 +212,11 @@ def test_gradients_of_a_checkpointed_unet_are_those_of_one_that_is_not() -> None
 def test_every_layer_of_a_unet_uses_its_own_sample_of_the_step(used: list[FocusSet]) -> None:
     unet = patched()
     names = [layer.name for layer in litefocus.status(unet).layers]
-    one_sample = patched()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("litefocus._grid.DRAWS", 1)
-        run(one_sample, 0)  # builds its focus sets
+    first_sample = patched()
+    one_sample(first_sample)
     for draw in range(DRAWS):
         t = timestep_of(draw)
-        difference = (run(one_sample, t) - run(unet, t)).abs().max()
+        difference = (run(first_sample, t) - run(unet, t)).abs().max()
         assert difference > 1e-3 if draw else difference == 0
         used.clear()
         run(unet, t)
@@ -287,7 +288,7 @@ def test_a_failing_call_leaves_no_step_behind(used: list[FocusSet]) -> None:
     with pytest.raises(ZeroDivisionError):
         run(unet, timestep_of(2))
     hook.remove()
-    assert layer._litefocus.watched.call is None
+    assert layer._litefocus.context.call is None
     layer(torch.zeros(1, FRAMES * BINS, 8))
     assert torch.equal(used[-1].keys, focus_set(FRAMES, BINS, CONFIG, layer=first_name(unet)).keys)
 
@@ -296,7 +297,7 @@ def test_a_failing_call_leaves_no_step_behind(used: list[FocusSet]) -> None:
 def test_a_pipeline_is_that_of_masked_dense_attention_with_the_samples_of_its_steps(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("litefocus._grid.MIN_KEYS_SAVED", 1)
+    hand_in(monkeypatch, min_keys_saved=1)
     config = LiteFocusConfig(min_sampled=4)
     pipe = build(name)
     oracle = copy.deepcopy(pipe)
@@ -312,7 +313,7 @@ def test_a_pipeline_is_that_of_masked_dense_attention_with_the_samples_of_its_st
     assert len(set(draws)) > 1
     litefocus.patch(pipe, config)
     np.testing.assert_allclose(generate(pipe, 1.32, steps=4), expected, atol=1e-4, rtol=1e-3)
-    monkeypatch.setattr("litefocus._grid.DRAWS", 1)
+    hand_in(monkeypatch, num_samples=1)
     litefocus.patch(pipe, config)
     assert np.abs(generate(pipe, 1.32, steps=4) - expected).max() > 1e-3
 
@@ -361,11 +362,11 @@ class NoReading(TorchDispatchMode):
 
 @pytest.mark.parametrize("config", [CONFIG, LiteFocusConfig.paper()], ids=["rotates", "paper"])
 def test_a_draw_that_is_a_tensor_picks_the_sample_of_the_same_number(config: LiteFocusConfig) -> None:
-    grid = Grid("mid", BINS, config=config)
+    grid = Grid("mid", config=config)
     for draw in (*range(2 * DRAWS), 2**32 - 1):
-        expected = grid.focus_set(FRAMES, torch.device("cpu"), draw)
+        expected = grid.focus_set(FRAMES, BINS, torch.device("cpu"), draw)
         with NoReading():
-            picked = grid.focus_set(FRAMES, torch.device("cpu"), torch.tensor(draw))
+            picked = grid.focus_set(FRAMES, BINS, torch.device("cpu"), torch.tensor(draw))
         assert torch.equal(picked.keys, expected.keys)
         assert picked.queries is expected.queries
         assert picked.inverse is expected.inverse
@@ -379,12 +380,12 @@ def test_a_layer_whose_draw_is_a_tensor_computes_the_same(used: list[FocusSet]) 
     states = torch.randn(2, FRAMES * BINS, 8)
 
     def output(draw: Any) -> Tensor:
-        watched = layer._litefocus.watched
-        watched.begin(FRAMES, draw)
+        context = layer._litefocus.context
+        _thread.calls[context] = Call((FRAMES, BINS), draw, context.grids, 1)
         try:
             return layer(states)
         finally:
-            watched.end(finished=True)
+            _thread.calls.clear()
 
     for draw in range(DRAWS):
         with NoReading():

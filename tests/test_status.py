@@ -96,7 +96,7 @@ def test_in_a_notebook(pipe) -> None:
     assert len(rows) == 4
     layers = sum(layer.freq_bins == 8 for layer in litefocus.status(pipe).layers)
     assert rows[1].startswith(f"<td>8</td><td>250</td><td>{layers}</td><td>dense</td><td>100.0%</td>")
-    assert "not installed" in html
+    assert "not patched" in html
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,8 @@ def test_in_a_notebook(pipe) -> None:
         ({}, 600, None),
         ({"time_window": None}, 20, None),
         ({"time_window": None}, 600, "grows with the square of the length; leave time_window at its default of 512"),
-        ({"far_sampled": 0}, 600, "a time window alone hears nothing of the rest of the clip"),
-        ({"reweight": False}, 600, "a time window alone hears nothing of the rest of the clip"),
+        ({"far_sampled": 0}, 600, "a time window alone attends to nothing of the rest of the clip"),
+        ({"reweight": False}, 600, "a time window alone attends to nothing of the rest of the clip"),
         ({}, 36000, "litefocus.tile_decoding(pipe) decodes in the memory of one tile"),
     ],
 )

@@ -16,14 +16,15 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention
 from support.pipelines import minimal_unet
+from support.settings import one_sample
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import litefocus
 from litefocus import LiteFocusAttnProcessor, LiteFocusConfig
-from litefocus._call import draw_of
-from litefocus._grid import DRAWS
-from litefocus._tracing import assume_constant_result, mark_static
+from litefocus._compile import assume_constant_result, mark_static
+from litefocus._context import sample_index as draw_of
+from litefocus._grid import NUM_SAMPLES as DRAWS
 
 # not the first of a layer's samples, if no tracer looks on
 STEP = 7
@@ -81,9 +82,7 @@ class PatchedUNet(nn.Module):
 def expected(model: nn.Module) -> Callable[..., Tensor]:
     """A copy that runs as it is, with the first sample at every step, as graphs do."""
     twin = copy.deepcopy(model)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("litefocus._grid.DRAWS", 1)
-        twin(*model.inputs)  # builds its focus sets
+    one_sample(twin)
     return twin
 
 

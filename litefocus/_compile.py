@@ -1,4 +1,4 @@
-"""What PyTorch's compiler reads of functions and tensors that are constants to it. Private names, in this file alone.
+"""Marks by which PyTorch's compiler knows constant functions and static tensors: private names of torch, here alone.
 
 The public functions for the same load the whole compiler, which takes 2 s; `import litefocus` must not pay that.
 """

@@ -1,0 +1,250 @@
+"""What the calls of a UNet show, told to its attention layers: the grid of the latent, and the sample of the step.
+
+Attention layers see (batch, tokens, channels) alone. Clients call `unet(...)`, `unet.forward(...)`, or walk over the
+blocks themselves; all of them pass the modules that are hooked here. The first convolution gets the latent, which shows
+the grid; the modules of the time embedding get the timestep; the last convolution ends the call.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import threading
+import weakref
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+
+from litefocus._compile import assume_constant_result
+from litefocus._grid import Grid, halved
+from litefocus.focus import FocusSet, FreqAxis
+
+GRIDS_KEPT = 8  # grids of past calls, to which layers belong that run once more in a backward pass
+
+
+class Call(NamedTuple):
+    """A call of a UNet that runs in this thread.
+
+    grid: (num_frames, freq_bins) of the latent. sample: index of every layer's sample, an int, or a scalar tensor
+    where reading it would stall a GPU. grids: of the patch that counted when it began. number: of the UNet's calls.
+    """
+
+    grid: tuple[int, int]
+    sample: int | Tensor
+    grids: Mapping[str, Grid]
+    number: int
+
+
+class _Thread(threading.local):
+    """Of every context: the call that runs, and what was noted for the one that is about to begin."""
+
+    def __init__(self) -> None:
+        self.calls: weakref.WeakKeyDictionary[Context, Call] = weakref.WeakKeyDictionary()
+        self.samples: weakref.WeakKeyDictionary[Context, int | Tensor] = weakref.WeakKeyDictionary()
+        self.differentiable: weakref.WeakSet[Context] = weakref.WeakSet()
+
+
+_thread = _Thread()
+
+
+class Context:
+    """What the layers of one UNet have in common. Each layer refers to it, also where it is moved out of the UNet.
+
+    Attributes:
+        grids: of the patch that counts, by the layers' names; empty where there is none.
+        freq_bins: that the latent must have; None where any number will do.
+        freq_axis: "width" or "height".
+        verb: "patched" or "probed", for messages.
+        started, finished: number of the last call that began, and of the last that came to its end.
+        seen: grids of the calls so far, the newest last.
+    """
+
+    def __init__(self, freq_axis: FreqAxis = "width", freq_bins: int | None = None, verb: str = "patched") -> None:
+        self.grids: Mapping[str, Grid] = {}
+        self.freq_axis: FreqAxis = freq_axis
+        self.freq_bins = freq_bins
+        self.verb = verb
+        self.started = self.finished = 0
+        self.seen: list[tuple[int, int]] = []
+        self._hooks: list[RemovableHandle] = []
+
+    @property
+    def call(self) -> Call | None:
+        """The UNet's call that runs in this thread."""
+        return _thread.calls.get(self)
+
+    def hook(self, unet: Any) -> None:
+        """Watch the calls of a UNet, once."""
+        if self._hooks:
+            return
+        compvis = hasattr(unet, "input_blocks")
+        first, last = (unet.input_blocks[0][0], unet.output_blocks[-1]) if compvis else (unet.conv_in, unet.conv_out)
+        time = getattr(unet, "time_embed" if compvis else "time_proj", None)
+        self._hooks = [
+            unet.register_forward_pre_hook(self._note_gradients, with_kwargs=True),
+            unet.register_forward_hook(self._abandon, always_call=True),
+            first.register_forward_pre_hook(self._begin),
+            last.register_forward_hook(self._end),
+        ]
+        if time is not None:
+            self._hooks.append(time.register_forward_pre_hook(self._note_embedding if compvis else self._note_timestep))
+
+    def unhook(self) -> None:
+        """Watch them no longer."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _note_gradients(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A reentrant checkpoint runs its forward without grad mode, and once more with it: both need one sample."""
+        if torch.compiler.is_compiling():
+            return
+        _thread.differentiable.discard(self)
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs))):
+            _thread.differentiable.add(self)
+
+    def _note_timestep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not torch.compiler.is_compiling() and args:
+            _thread.samples[self] = sample_index(args[0])
+
+    def _note_embedding(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """The authors' UNets embed the timestep in a function: sinusoids (batch, channels), cosines before sines."""
+        if not torch.compiler.is_compiling() and args and args[0].numel():
+            cosines, sines = args[0].detach()[0].double().chunk(2)
+            timestep = torch.atan2(sines[-1], cosines[-1]) * 10000 ** (1 - 1 / len(cosines))  # by the lowest frequency
+            _thread.samples[self] = sample_index((timestep * 8).round() / 8)
+
+    def _begin(self, convolution: nn.Module, args: tuple[Any, ...]) -> None:
+        """A call begins. Raises ValueError for another number of bins than asked for."""
+        height, width = args[0].shape[2:]
+        num_frames, freq_bins = (height, width) if self.freq_axis == "width" else (width, height)
+        if self.freq_bins is not None and freq_bins != self.freq_bins:
+            raise ValueError(
+                f"this UNet was {self.verb} for {self.freq_bins} frequency bins on the {self.freq_axis} axis, and its "
+                f"input (batch, channels, height, width) = {tuple(args[0].shape)} has {freq_bins} there; pass the "
+                f'freq_bins and freq_axis of its latent: (time, frequency) is freq_axis="width", freq_bins={width}; '
+                f'(frequency, time) is freq_axis="height", freq_bins={height}'
+            )
+        grid = (operator.index(num_frames), operator.index(freq_bins))  # plain ints under dynamic shapes too
+        if torch.compiler.is_compiling():
+            _remember(self, *grid)
+            return
+        sample = _thread.samples.pop(self, 0)
+        if torch.is_grad_enabled() or args[0].requires_grad or self in _thread.differentiable:
+            sample = 0
+        _thread.differentiable.discard(self)
+        _remember(self, *grid)
+        self.started += 1
+        _thread.calls[self] = Call(grid, sample, self.grids, self.started)
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        call = _thread.calls.pop(self, None)
+        if call is not None and call.grids is self.grids:  # not under a patch that has been replaced meanwhile
+            self.finished = max(self.finished, call.number)
+
+    def _abandon(self, unet: nn.Module, args: Any, output: Any) -> None:
+        """A call that failed has not reached the last convolution."""
+        if not torch.compiler.is_compiling():
+            _thread.calls.pop(self, None)
+
+    def came_to(self, grid: Grid, compiling: bool = False) -> Call | None:
+        """Note that the call that runs has come to a layer, and return it."""
+        call = self.call
+        grid.last_call = max(grid.last_call, math.inf if compiling else call.number if call else 0)
+        return call
+
+    def grid_of(self, tokens: int, grid: Grid) -> tuple[int, int] | None:
+        """(num_frames, freq_bins) of a layer's call; None, with the reason in `grid.why_dense`, where it is another."""
+        call = self.call
+        known = self.seen[::-1] if call is None else [call.grid]
+        for size in known:
+            num_frames, freq_bins = (halved(each, grid.level) for each in size)
+            if num_frames * freq_bins == tokens:
+                grid.why_dense = None
+                return num_frames, freq_bins
+        grid.why_dense = f"{tokens} tokens came, and no call of the UNet has shown their grid"
+        if known:
+            num_frames, freq_bins = (halved(each, grid.level) for each in known[0])
+            grid.why_dense = f"{tokens} tokens are not its grid of {num_frames} frames x {freq_bins} bins"
+        return None
+
+
+@assume_constant_result
+def _remember(context: Context, num_frames: int, freq_bins: int) -> None:
+    """What a compiler runs, too, when it traces the UNet, before it comes to its layers."""
+    _thread.calls.pop(context, None)  # a call that was interrupted is not this one
+    context.seen = [*(grid for grid in context.seen if grid != (num_frames, freq_bins)), (num_frames, freq_bins)]
+    del context.seen[:-GRIDS_KEPT]
+
+
+class PatchedLayer(NamedTuple):
+    """What a patch keeps on an attention layer, as its attribute `_litefocus`.
+
+    name: of the layer in its UNet. context: of the UNet. original: the processor that the patch replaced.
+    """
+
+    name: str
+    context: Context
+    original: Any
+
+    @property
+    def grid(self) -> Grid | None:
+        """The layer's grid under the patch that counts, in a call that runs the one that counted when it began."""
+        grids = self.context.grids
+        call = self.context.call if grids and not torch.compiler.is_compiling() else None
+        return (grids if call is None else call.grids).get(self.name)
+
+
+@assume_constant_result
+def focus_set_for(grid: Grid, context: Context, tokens: int, device: torch.device, compiling: bool) -> FocusSet | None:
+    """The focus set of a layer's call of `tokens` tokens; None where it stays dense.
+
+    A constant to the compiler, which so needs neither to look into the cache nor to guard it. Compiled code keeps the
+    layer's first sample for all steps.
+    """
+    call = context.came_to(grid, compiling)
+    size = context.grid_of(tokens, grid)
+    if size is None or grid.keys_kept(*size) == 1:
+        return None
+    return grid.focus_set(*size, device, call.sample if call and not compiling else 0)
+
+
+def sample_index(timestep: Any) -> int | Tensor:
+    """Which of a layer's samples belongs to a step: the hash of its timestep, so that regular steps use all of them.
+
+    timestep: a number, or a tensor of which the first element counts. On a GPU it is not read, which would wait for the
+    device: the hash is then a scalar tensor there. It is 0 where the timestep is not to be known: in compiled and
+    traced code, and while gradients are recorded, since a checkpointed layer runs again in the backward pass, when no
+    step is known.
+    """
+    traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or traced:
+        return 0
+    if isinstance(timestep, Tensor):
+        if not timestep.numel() or type(timestep) is not Tensor:
+            return 0
+        timestep = timestep.detach().reshape(-1)[0]
+        if timestep.device.type == "cpu":
+            try:
+                timestep = timestep.item()
+            except RuntimeError:  # under vmap or make_fx
+                return 0
+    if isinstance(timestep, Tensor):
+        return _hash((timestep.double() * 1024).long() & 0xFFFFFFFF)
+    if isinstance(timestep, (int, float)) and math.isfinite(timestep):
+        return _hash(int(timestep * 1024) & 0xFFFFFFFF)
+    return 0
+
+
+def _hash(x: Any) -> int | Tensor:
+    """An integer hash of 32 bits (lowbias32 of Chris Wellons' hash-prospector), of ints and of tensors alike."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    hashed: int | Tensor = x ^ (x >> 16)
+    return hashed

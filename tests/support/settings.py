@@ -1,0 +1,26 @@
+"""What `patch_with` and `Grid` are handed in: the number of samples, and the least saving that pays."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from litefocus._grid import Grid
+from litefocus._patch import patch_with
+
+
+def hand_in(monkeypatch: pytest.MonkeyPatch, **values: int) -> None:
+    """Change defaults of theirs until the test, or the block of `monkeypatch`, ends."""
+    for function in (Grid.__init__, patch_with):
+        for name, value in values.items():
+            monkeypatch.setitem(function.__kwdefaults__, name, value)
+
+
+def one_sample(model: nn.Module) -> None:
+    """Make every focused layer use its first sample at every step, as compiled code does."""
+    for module in model.modules():
+        layer = vars(module).get("_litefocus")
+        for grid in (layer and layer.grid, getattr(getattr(module, "processor", None), "grid", None)):
+            if grid:
+                grid.num_samples = 1
+                grid._built.clear()
