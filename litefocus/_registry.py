@@ -65,9 +65,9 @@ def put(module: Any, setting: Setting) -> None:
         places = vars(module).setdefault(f"_litefocus_{setting.kind}", [])
         begin = 1 + max((i for i, place in enumerate(places) if place.in_block), default=-1)
         replaced = [old for place in places[begin:] for old in (*place.replaced, place)]
-        # those that a block may still be begun with, and the newest of the others, which counted until now
+        # those that a block may still be begun with, and the newest, which counted until now
         pending = {handle._setting for handle in _handles if not handle._setting.entered}
-        newest = [place for place in replaced if place.setting not in pending][-1:]
+        newest = replaced[-1:]
         replaced = [_Place(old.setting) for old in replaced if old.setting in pending or old in newest]
         places[begin:] = [_Place(setting, replaced=replaced)]
         setting.activate(module)
