@@ -43,10 +43,15 @@ def original_unet(variant: str) -> nn.Module:
     }
     torch.manual_seed(0)
     unet = authors(package, module).UNetModel(**settings).eval()
+    random_weights(unet)
+    return unet
+
+
+def random_weights(unet: nn.Module) -> None:
+    """Where weights start at zero."""
     for parameter in unet.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)
-    return unet
 
 
 VARIANTS: dict[str, tuple[dict[str, Any], int, int, int]] = {  # settings, bins at the input, self-attention, all
