@@ -15,7 +15,7 @@ from litefocus._layers import (
     count_reasons,
     install,
     layers_to_patch,
-    obstacle,
+    left_dense,
     patched,
     self_attention_layers,
     uninstall,
@@ -158,8 +158,8 @@ def unpatch(pipe: Any) -> None:
 class PatchSetting(Setting):
     """One patch of one UNet.
 
-    grids: of its layers, by name. freq_bins: that its inputs must have, None for any. known_bins: that they are expected
-    to have, for `status` before the first call.
+    grids: of its layers, by name. freq_bins: that its inputs must have, None for any. known_bins: that they are
+    expected to have, for `status` before the first call.
     """
 
     kind = "patch"
@@ -247,7 +247,7 @@ class Patch(Handle):
 
 
 def _warn_of_dense_layers(layers: list[Layer], stacklevel: int) -> None:
-    reasons = [obstacle(layer.attn) for layer in layers]
+    reasons = [left_dense(layer.attn) for layer in layers]
     if any(reasons):
         count = len(reasons) - reasons.count(None)
         warnings.warn(
