@@ -97,17 +97,9 @@ def tile_decoding(pipe: Any, seconds: float = 10.24, overlap: float = 0.64) -> T
 
 def tiles_of(pipe: Any) -> Tiles | None:
     """The tiles in which `pipe` decodes now; None unless all that decodes is tiled."""
-    makers = [*waveform_makers(pipe), (vae_and_vocoder(pipe)[0], "decode")]
-    tiles = [_in_force(owner, name) for owner, name in makers]
-    return tiles[0] if len(tiles) > 1 and None not in tiles else None
-
-
-def _in_force(owner: Any, method: str) -> Tiles | None:
-    """The tiles of calls of a method; None where none reach ours, since somebody has put the original back."""
-    ours = getattr(owner, "__dict__", {}).get(TILED, {}).get(method)
-    here = getattr(owner, "__dict__", {}).get(method)
-    tiles: Tiles | None = current(owner, "tiles")
-    return tiles if ours is not None and here is not None and here is not ours.original else None
+    owners = [vae_and_vocoder(pipe)[0], *(owner for owner, _ in waveform_makers(pipe))]
+    tiles = [current(owner, "tiles") for owner in owners]
+    return None if None in tiles else tiles[0]
 
 
 class DecoderShape(NamedTuple):
@@ -147,8 +139,10 @@ def _reach(conv: Any) -> int:
     return conv.dilation[0] * (conv.kernel_size[0] - 1) // 2 if isinstance(conv, nn.Conv1d) else 0
 
 
-def decoding_bytes(pipe: Any, seconds: float, tiles: Tiles | None = None) -> int | None:
-    """Memory of decoding one clip of `seconds`, whole or in `tiles`, beside the weights; None if `pipe` does not say.
+def decoding_bytes(pipe: Any, seconds: float, tiles: tuple[float, float] | None = None) -> int | None:
+    """Memory of decoding one clip of `seconds`, beside the weights; None if `pipe` does not say.
+
+    tiles: seconds and overlap of `tile_decoding`; None where the clip is decoded whole.
 
     From the widths of VAE and vocoder: the tensors that live at once where these are widest. What convolutions need
     while they run comes on top.
@@ -158,9 +152,9 @@ def decoding_bytes(pipe: Any, seconds: float, tiles: Tiles | None = None) -> int
         return None
     vae, vocoder = vae_and_vocoder(pipe)
     mels, frames = seconds / shape.mel_frame, seconds / shape.latent_frame
-    if tiles is not None and seconds > tiles.seconds:
-        share = seconds / math.ceil(seconds / tiles.seconds)
-        mels, frames = share / shape.mel_frame + 2 * shape.reach, (share + 2 * tiles.overlap) / shape.latent_frame
+    if tiles is not None and seconds > tiles[0]:
+        share = seconds / math.ceil(seconds / tiles[0])
+        mels, frames = share / shape.mel_frame + 2 * shape.reach, (share + 2 * tiles[1]) / shape.latent_frame
     scale, bins = round(shape.latent_frame / shape.mel_frame), vocoder.conv_pre.in_channels
     if hasattr(vae, "config"):
         numbers = 3 * vae.decoder.up_blocks[-1].resnets[0].in_channels * bins * frames * scale
@@ -181,9 +175,6 @@ def _is_compiled(vae: Any) -> bool:
     return any("_orig_mod" in m._modules or vars(m).get("_compiled_call_impl") is not None for m in modules)
 
 
-TILED = "_litefocus_tiled"  # attribute of an object: what stands for its methods, by their names
-
-
 @dataclasses.dataclass(eq=False)
 class Tiles(Setting):
     """What one `tile_decoding` asked for. shape: of VAE and vocoder. methods: that are tiled, of whichever object."""
@@ -191,27 +182,93 @@ class Tiles(Setting):
     kind = "tiles"
     seconds: float
     overlap: float
-    shape: DecoderShape = dataclasses.field(default=DecoderShape(0.04, 0.01, 160, 0), repr=False)
-    methods: tuple[str, ...] = dataclasses.field(default=(), repr=False)
+    shape: DecoderShape
+    methods: tuple[str, ...]
 
     def install(self, module: Any) -> None:
-        """Put ours in the place of its methods, around what others have put there."""
-        ours = vars(module).setdefault(TILED, {})
+        """Put ours in the place of its methods, around what others have put there. The newest of ours tiles."""
+        ours = vars(module).setdefault("_litefocus_tiled", {})
         for method in self.methods:
-            here = vars(module).get(method)
-            if callable(getattr(module, method, None)) and not isinstance(here, _Tiled):
-                kind = _TiledVAE if method == "decode" else _TiledWaveform
-                ours[method] = vars(module)[method] = kind(module, method)
-            elif isinstance(here, _Tiled):
-                ours[method] = here
+            if callable(getattr(module, method, None)):
+                here = vars(module).get(method)
+                ours[method] = here if isinstance(here, _Tiled) else _Tiled(module, method)
+                vars(module)[method] = ours[method]
 
     def uninstall(self, module: Any) -> None:
-        """Put back what was there; what others have wrapped hands on."""
-        for method, ours in vars(module).pop(TILED, {}).items():
+        """Put back what was there; one of ours that others have wrapped decodes whole."""
+        for method, ours in vars(module).pop("_litefocus_tiled").items():
             if vars(module).get(method) is ours:
                 del vars(module)[method]
                 if ours.original is not None:
                     vars(module)[method] = ours.original
+
+    def spans(self, frames: int, longest: int, overlap: int) -> tuple[list[tuple[int, int, int]], int]:
+        """(first frame to put in, start and stop of its own part) for every tile, and how many frames to put in."""
+        count = math.ceil(frames / longest)
+        window = min(frames, math.ceil(frames / count) + 2 * overlap)
+        pairs = itertools.pairwise(frames * i // count for i in range(count + 1))
+        return [(max(0, min(start - overlap, frames - window)), start, stop) for start, stop in pairs], window
+
+    def waveform(self, call: Callable[[Tensor], Any], mels: Tensor) -> Any:
+        """Convolutions alone: the tiles' own parts, one after the other.
+
+        mels: (batch, 1, frames, bins) or (batch, frames, bins). Returns tensors or arrays, as `call` does.
+        """
+        frames, hop = mels.shape[-2], self.shape.hop
+        spans, window = self.spans(frames, round(self.seconds / self.shape.mel_frame), self.shape.reach)
+        waves: list[Any] = []
+        for clip in torch.split(mels, 1):  # a batch would take the memory of as many tiles
+            parts: list[Any] = []
+            for first, start, stop in spans:
+                part = call(clip.narrow(-2, first, window))
+                end = part.shape[-1] if stop == frames else hop * (stop - first)  # some vocoders add a few samples
+                parts.append(part[..., hop * (start - first) : end])
+            waves.append(torch.cat(parts, -1) if isinstance(part, Tensor) else np.concatenate(parts, -1))
+        return torch.cat(waves) if isinstance(part, Tensor) else np.concatenate(waves)
+
+    def mels(self, call: Callable[[Tensor], Any], latents: Tensor) -> Any:
+        """Group norms with the moments of the whole clip, and a cross-fade over the overlap of neighbours.
+
+        latents: (batch, channels, frames, bins). Returns what `call` does: a tensor, a tuple, or a `DecoderOutput`.
+        """
+        output: Any = None
+
+        def decode(clip: Tensor) -> Tensor:
+            nonlocal output
+            output = call(clip)
+            return output if isinstance(output, Tensor) else output[0]
+
+        whole = torch.cat([self._mels_of_one(decode, clip) for clip in torch.split(latents, 1)])
+        if isinstance(output, Tensor):
+            return whole.to(output.device)
+        whole = whole.to(output[0].device)
+        return (whole, *output[1:]) if isinstance(output, tuple) else dataclasses.replace(output, sample=whole)
+
+    def _mels_of_one(self, decode: Callable[[Tensor], Tensor], clip: Tensor) -> Tensor:
+        """(1, channels, frames of the mel spectrogram, bins), on the CPU."""
+        frames, overlap = clip.shape[-2], round(self.overlap / self.shape.latent_frame)
+        spans, window = self.spans(frames, round(self.seconds / self.shape.latent_frame), overlap)
+        norms = _ClipNorms(frames, window)
+        with torch.no_grad():
+            for first, start, stop in spans:
+                with norms.accumulate(start - first, stop - first):
+                    part = decode(clip.narrow(-2, first, window))
+        scale = part.shape[2] // window
+        whole = torch.zeros(1, part.shape[1], scale * frames, part.shape[3], dtype=part.dtype)
+        ramp = (torch.arange(2 * overlap * scale, dtype=part.dtype)[:, None] + 0.5) / (2 * overlap * scale or 1)
+        del part
+        for first, start, stop in spans:
+            begin, end = max(0, start - overlap), min(frames, stop + overlap)
+            with norms.normalize():
+                part = decode(clip.narrow(-2, first, window))
+            part = part[:, :, scale * (begin - first) : scale * (end - first)].cpu()
+            weight = torch.ones(part.shape[2], 1, dtype=part.dtype)
+            if start > 0:
+                weight[: len(ramp)] = ramp
+            if stop < frames:
+                weight[len(weight) - len(ramp) :] = 1 - ramp
+            whole[:, :, scale * begin : scale * end] += part * weight
+        return whole
 
 
 class TiledDecoding(Handle):
@@ -255,7 +312,9 @@ class _Tiled:
         self._module = weakref.ref(module)
         self.method = method
         self.original = vars(module).get(method)  # None: the method of the class
-        self.argument = next(iter(inspect.signature(getattr(module, method)).parameters))
+        parameters = inspect.signature(getattr(module, method)).parameters
+        self.argument = next(iter(parameters))
+        self.saves_files = "save" in parameters  # audioldm2's mel_spectrogram_to_waveform, at every call
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_module": self._module()}
@@ -270,101 +329,19 @@ class _Tiled:
         call = functools.partial(getattr(type(module), self.method), module) if self.original is None else self.original
         tiles: Tiles | None = current(module, "tiles")
         x = args[0] if args else kwargs.get(self.argument)
-        if tiles is None or x is None or vars(module).get(TILED, {}).get(self.method) is not self:
+        if tiles is None or x is None or vars(module)["_litefocus_tiled"].get(self.method) is not self:
             return call(*args, **kwargs)
-        if x.shape[-2] <= round(tiles.seconds / self.frame(tiles)) or not self.can_tile(module, kwargs):
+        of_vae = self.method == "decode"
+        longest = round(tiles.seconds / (tiles.shape.latent_frame if of_vae else tiles.shape.mel_frame))
+        # gradients would need every tile's memory, and the moments' too
+        differentiable = x.requires_grad and torch.is_grad_enabled()
+        if x.shape[-2] <= longest or differentiable or (self.saves_files and kwargs.get("save", True)):
             return call(*args, **kwargs)
-        if x.requires_grad and torch.is_grad_enabled():  # which would need every tile's memory, and the moments' too
+        if of_vae and _is_compiled(module):
+            warnings.warn(f"decoding the whole clip at once: {COMPILED}", stacklevel=2)
             return call(*args, **kwargs)
         others = {name: value for name, value in kwargs.items() if args or name != self.argument}
-        return self.in_tiles(lambda part: call(part, *args[1:], **others), x, tiles)
-
-    def frame(self, tiles: Tiles) -> float:
-        """Seconds of a frame of the method's input."""
-        return tiles.shape.latent_frame if self.method == "decode" else tiles.shape.mel_frame
-
-    def spans(self, frames: int, tiles: Tiles, overlap: int) -> tuple[list[tuple[int, int, int]], int]:
-        """(first frame to put in, start and stop of its own part) for every tile, and how many frames to put in."""
-        count = math.ceil(frames / round(tiles.seconds / self.frame(tiles)))
-        window = min(frames, math.ceil(frames / count) + 2 * overlap)
-        edges = [frames * i // count for i in range(count + 1)]
-        pairs = itertools.pairwise(edges)
-        return [(max(0, min(start - overlap, frames - window)), start, stop) for start, stop in pairs], window
-
-
-class _TiledWaveform(_Tiled):
-    """Convolutions alone: the tiles' own parts, one after the other."""
-
-    def can_tile(self, module: Any, kwargs: dict[str, Any]) -> bool:
-        """audioldm2's method writes a file at every call, unless it is told not to."""
-        saves = "save" in inspect.signature(self.original or getattr(type(module), self.method)).parameters
-        return not (saves and kwargs.get("save", True))
-
-    def in_tiles(self, call: Callable[[Tensor], Any], x: Tensor, tiles: Tiles) -> Any:
-        """x: (batch, 1, frames, bins) or (batch, frames, bins). Returns tensors or arrays, as `call` does."""
-        spans, window = self.spans(x.shape[-2], tiles, tiles.shape.reach)
-        waves: list[Any] = []
-        for clip in torch.split(x, 1):  # a batch would take the memory of as many tiles
-            parts: list[Any] = []
-            for first, start, stop in spans:
-                part = call(clip.narrow(-2, first, window))
-                # some vocoders add a few samples at the end
-                end = part.shape[-1] if stop == x.shape[-2] else tiles.shape.hop * (stop - first)
-                parts.append(part[..., tiles.shape.hop * (start - first) : end])
-            waves.append(torch.cat(parts, -1) if isinstance(part, Tensor) else np.concatenate(parts, -1))
-        return torch.cat(waves) if isinstance(part, Tensor) else np.concatenate(waves)
-
-
-class _TiledVAE(_Tiled):
-    """Group norms with the moments of the whole clip, and a cross-fade over the overlap of neighbours."""
-
-    def can_tile(self, module: Any, kwargs: dict[str, Any]) -> bool:
-        """A decoder that was compiled since it was tiled sees another graph at every tile."""
-        if _is_compiled(module):
-            warnings.warn(f"decoding the whole clip at once: {COMPILED}", stacklevel=3)
-            return False
-        return True
-
-    def in_tiles(self, call: Callable[[Tensor], Any], x: Tensor, tiles: Tiles) -> Any:
-        """x: (batch, channels, frames, bins). Returns what `call` does: a tensor, a tuple, or a `DecoderOutput`."""
-        output: Any = None
-
-        def decode(clip: Tensor) -> Tensor:
-            nonlocal output
-            output = call(clip)
-            return output if isinstance(output, Tensor) else output[0]
-
-        whole = torch.cat([self.join(decode, clip, tiles) for clip in torch.split(x, 1)])
-        if isinstance(output, Tensor):
-            return whole.to(output.device)
-        whole = whole.to(output[0].device)
-        return (whole, *output[1:]) if isinstance(output, tuple) else dataclasses.replace(output, sample=whole)
-
-    def join(self, decode: Callable[[Tensor], Tensor], clip: Tensor, tiles: Tiles) -> Tensor:
-        """(1, channels, frames of the mel spectrogram, bins), on the CPU."""
-        frames, overlap = clip.shape[-2], round(tiles.overlap / tiles.shape.latent_frame)
-        spans, window = self.spans(frames, tiles, overlap)
-        norms = _ClipNorms(frames, window)
-        with torch.no_grad():
-            for first, start, stop in spans:
-                with norms.accumulate(start - first, stop - first):
-                    part = decode(clip.narrow(-2, first, window))
-        scale = part.shape[2] // window
-        whole = torch.zeros(1, part.shape[1], scale * frames, part.shape[3], dtype=part.dtype)
-        ramp = (torch.arange(2 * overlap * scale, dtype=part.dtype)[:, None] + 0.5) / (2 * overlap * scale or 1)
-        del part
-        for first, start, stop in spans:
-            begin, end = max(0, start - overlap), min(frames, stop + overlap)
-            with norms.normalize():
-                part = decode(clip.narrow(-2, first, window))
-            part = part[:, :, scale * (begin - first) : scale * (end - first)].cpu()
-            weight = torch.ones(part.shape[2], 1, dtype=part.dtype)
-            if start > 0:
-                weight[: len(ramp)] = ramp
-            if stop < frames:
-                weight[len(weight) - len(ramp) :] = 1 - ramp
-            whole[:, :, scale * begin : scale * end] += part * weight
-        return whole
+        return (tiles.mels if of_vae else tiles.waveform)(lambda part: call(part, *args[1:], **others), x)
 
 
 class _ClipNorms(TorchFunctionMode):

@@ -101,12 +101,7 @@ class Grid:
         first: FocusSet | None = None
         for draw in range(self.num_samples):
             focus = focus_set(
-                num_frames,
-                freq_bins,
-                self.local_config,
-                layer=self.name,
-                freq_axis=self.freq_axis,
-                draw=draw,
+                num_frames, freq_bins, self.local_config, layer=self.name, freq_axis=self.freq_axis, draw=draw
             )
             if first is not None:
                 focus = replace(first, keys=focus.keys)

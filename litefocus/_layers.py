@@ -1,8 +1,8 @@
 """The blocks of a UNet and the self-attention layers in them, of diffusers' layout and of the authors'.
 
 diffusers: `down_blocks`, `mid_block`, `up_blocks`; attention layers with processors. The authors' AudioLDM, AudioLDM 2
-and AudioSR code has CompVis' layout: `input_blocks`, `middle_block`, `output_blocks`; `CrossAttention` without processors
-(audioldm/latent_diffusion/openaimodel.py and attention.py of audioldm 0.1.1, and the like of audioldm2 0.1.0).
+and AudioSR code has CompVis' layout: `input_blocks`, `middle_block`, `output_blocks`; `CrossAttention` without
+processors. Read in audioldm/latent_diffusion/openaimodel.py and attention.py (audioldm 0.1.1), and in audioldm2 0.1.0.
 """
 
 from __future__ import annotations
@@ -16,13 +16,7 @@ from typing import Any
 from torch import nn
 
 from litefocus._context import Context, PatchedLayer
-from litefocus._processor import (
-    FocusedForward,
-    LiteFocusAttnProcessor,
-    default_processor,
-    with_focus,
-    without_focus,
-)
+from litefocus._processor import FocusedForward, LiteFocusAttnProcessor, default_processor, with_focus, without_focus
 
 # Where wrappers keep the module that they wrap: torch.compile, activation checkpointing, FSDP, DDP and DataParallel.
 WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module"}
@@ -160,7 +154,7 @@ def layers_to_patch(unet: nn.Module) -> list[Layer]:
     nothing = f"no self-attention layer of {type(unet).__name__} can be patched"
     if not layers:
         raise ValueError(f"{nothing}: its down, mid and up blocks hold none that litefocus knows")
-    reasons = [obstacle(layer.attn) for layer in layers]
+    reasons = [left_dense(layer.attn) for layer in layers]
     if None not in reasons:
         raise ValueError(f"{nothing} ({count_reasons(reasons)})")
     return layers
@@ -169,6 +163,16 @@ def layers_to_patch(unet: nn.Module) -> list[Layer]:
 def count_reasons(reasons: list[str | None]) -> str:
     """How many layers are not plain, and why: '2: its processor is X; 1: ...'. Empty if all are."""
     return "; ".join(f"{count}: {reason}" for reason, count in Counter(filter(None, reasons)).items())
+
+
+def left_dense(attn: Any) -> str | None:
+    """Why `patch` leaves a layer dense. None where it does not, also where something has wrapped ours since.
+
+    That something leads to ours is known by the last call alone.
+    """
+    layer = patched(attn)
+    known_to_pass = layer is not None and layer.grid is not None and layer.grid.last_call < layer.context.finished
+    return None if layer is not None and not known_to_pass else obstacle(attn)
 
 
 def obstacle(attn: Any) -> str | None:

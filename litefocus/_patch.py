@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -15,7 +16,7 @@ from litefocus._layers import (
     count_reasons,
     install,
     layers_to_patch,
-    obstacle,
+    left_dense,
     patched,
     self_attention_layers,
     uninstall,
@@ -89,8 +90,7 @@ def patch(
     (32000,)
     """
     config = merged_config("patch()", config, options)
-    handle = patch_with(pipe, config, freq_bins=freq_bins, freq_axis=freq_axis, stacklevel=3)
-    return handle
+    return patch_with(pipe, config, freq_bins=freq_bins, freq_axis=freq_axis, stacklevel=3)
 
 
 def patch_with(
@@ -110,15 +110,9 @@ def patch_with(
     known_bins = target.geometry.freq_bins if target.geometry else freq_bins
     if known_bins is not None:
         _check_bins(target.unet, layers, config, known_bins)
+    handed_in: dict[str, Any] = {"num_samples": num_samples, "min_keys_saved": min_keys_saved}
     grids = {
-        layer.name: Grid(
-            layer.name,
-            level=layer.level,
-            config=config,
-            freq_axis=freq_axis,
-            num_samples=num_samples,
-            min_keys_saved=min_keys_saved,
-        )
+        layer.name: Grid(layer.name, level=layer.level, config=config, freq_axis=freq_axis, **handed_in)
         for layer in layers
     }
     warn_of_known_problems(pipe, stacklevel + 1)
@@ -155,25 +149,21 @@ def unpatch(pipe: Any) -> None:
                 uninstall(layer)
 
 
+@dataclass(eq=False)
 class PatchSetting(Setting):
     """One patch of one UNet.
 
-    grids: of its layers, by name. freq_bins: that its inputs must have, None for any. known_bins: that they are expected
-    to have, for `status` before the first call.
+    grids: of its layers, by name. freq_bins: that its inputs must have, None for any. known_bins: that they are
+    expected to have, for `status` before the first call.
     """
 
     kind = "patch"
 
-    def __init__(
-        self,
-        config: LiteFocusConfig,
-        grids: Mapping[str, Grid],
-        freq_axis: FreqAxis,
-        freq_bins: int | None,
-        known_bins: int | None,
-    ) -> None:
-        self.config, self.grids = config, grids
-        self.freq_axis, self.freq_bins, self.known_bins = freq_axis, freq_bins, known_bins
+    config: LiteFocusConfig
+    grids: Mapping[str, Grid]
+    freq_axis: FreqAxis
+    freq_bins: int | None
+    known_bins: int | None
 
     def install(self, module: nn.Module) -> None:
         """Put processors on every layer that can be patched, or on none."""
@@ -247,7 +237,7 @@ class Patch(Handle):
 
 
 def _warn_of_dense_layers(layers: list[Layer], stacklevel: int) -> None:
-    reasons = [obstacle(layer.attn) for layer in layers]
+    reasons = [left_dense(layer.attn) for layer in layers]
     if any(reasons):
         count = len(reasons) - reasons.count(None)
         warnings.warn(

@@ -301,15 +301,7 @@ class _Measured:
         if self.frames and self.freq_bins:
             kept = {name: grid.keys_kept(self.frames, self.freq_bins) for name, grid in self.grids.items()}
         return LayerProbe(
-            self.grid.name,
-            self.freq_bins,
-            self.frames,
-            self.calls,
-            same_frequency,
-            focus,
-            window,
-            errors,
-            kept,
+            self.grid.name, self.freq_bins, self.frames, self.calls, same_frequency, focus, window, errors, kept
         )
 
     @torch.no_grad()

@@ -179,7 +179,8 @@ def status(pipe: Any, seconds: float | None = None) -> Status:
     ('focus', 1000, 0.097)
     """
     found, tiles = status_of(resolve(pipe), seconds), tiles_of(pipe)
-    memory = None if seconds is None else decoding_bytes(pipe, seconds, tiles)
+    sizes = None if tiles is None else (tiles.seconds, tiles.overlap)
+    memory = None if seconds is None else decoding_bytes(pipe, seconds, sizes)
     return replace(found, tiles=tiles, decoding_bytes=memory)
 
 
@@ -225,7 +226,7 @@ def _row(layer: Layer, freq_bins: int | None, num_frames: int | None, is_patched
     found, hindrance = patched(layer.attn), obstacle(layer.attn)
     grid = None if found is None else found.grid
     if is_patched and (found is None or grid is None):
-        state = f"dense: {hindrance or 'it came after the patch'}"
+        state = f"dense: {hindrance or 'patch again, to include it'}"
     elif found is not None and grid is not None:
         unreached = grid.last_call < found.context.finished
         if overwritten(layer.attn):

@@ -96,7 +96,6 @@ class UnsupportedError(TypeError):
 def resolve(pipe: Any) -> Target:
     """The UNet of a pipeline, or `pipe` itself if it is one. Raises TypeError where there is none, or several."""
     pipe = unwrapped(pipe)
-    _check_not_several(pipe)
     seen = []
     for path in UNET_PATHS:
         candidate = pipe
@@ -108,6 +107,8 @@ def resolve(pipe: Any) -> Target:
         if unet is not None:
             config = getattr(getattr(pipe, "vae", None), "config", None)
             return Target(type(pipe).__name__, unet, latent_geometry(pipe), getattr(config, "in_channels", None) == 3)
+        if not path:
+            _check_not_several(pipe)
         seen.append((path, candidate))
     raise UnsupportedError(_unsupported_reason(pipe, seen))
 
@@ -183,8 +184,6 @@ def warn_of_known_problems(pipe: Any, stacklevel: int) -> None:
 
 def _check_not_several(pipe: Any) -> None:
     """Raise TypeError for an object that holds several UNets, as the training classes of ConsistencyTTA do."""
-    if _unet_in(pipe) is not None:
-        return
     unets: dict[int, str] = {}
     for prefix, owner in (("", pipe), ("model.", unwrapped(getattr(pipe, "model", None)))):
         children = owner._modules if isinstance(owner, nn.Module) else {}
