@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.small import small_unet
 
+import litefocus
 from litefocus import LiteFocusConfig
 
 DEFAULTS = {
@@ -85,3 +87,20 @@ def test_numbers_of_numpy_become_plain_ones() -> None:
 def test_refuses(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         LiteFocusConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda config: litefocus.patch(small_unet(), config),
+        lambda config: litefocus.probe(small_unet(), config),
+        lambda config: litefocus.focus_set(8, 8, config),
+        lambda config: litefocus.LiteFocusAttnProcessor(freq_bins=8, config=config),
+    ],
+    ids=["patch", "probe", "focus_set", "processor"],
+)
+def test_a_config_of_another_type_is_refused_wherever_it_is_asked_for(function: Any) -> None:
+    for config in ({"seed": 1}, LiteFocusConfig, "paper", 0.1):
+        message = rf"config must be a LiteFocusConfig, got {type(config).__name__}; pass LiteFocusConfig\(\.\.\.\)"
+        with pytest.raises(TypeError, match=message):
+            function(config)

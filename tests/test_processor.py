@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, SlicedAttnProcessor
 from support.oracle import allowed
+from support.recorder import Recorder
 from support.settings import hand_in
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,21 +24,14 @@ def small_grids_focus_too(monkeypatch: pytest.MonkeyPatch) -> None:
     hand_in(monkeypatch, min_keys_saved=1)
 
 
-class Recorder:
-    """A processor that remembers how it was called."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def __call__(self, attn: Attention, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.calls.append(((attn, hidden_states, *args), kwargs))
-        return hidden_states + 1
+def recorder() -> Recorder:
+    return Recorder(lambda attn, hidden_states, *args, **kwargs: hidden_states + 1)
 
 
 def processor(original: Any = None, **options: Any) -> LiteFocusAttnProcessor:
     freq_bins = options.pop("freq_bins", BINS)
     config = LiteFocusConfig.paper(**{"min_freq_bins": 1, "sparse_ratio": 0.3, **options})
-    return LiteFocusAttnProcessor(original or Recorder(), layer="here", freq_bins=freq_bins, config=config)
+    return LiteFocusAttnProcessor(original or recorder(), layer="here", freq_bins=freq_bins, config=config)
 
 
 def attention(**settings: Any) -> Attention:
@@ -92,9 +86,9 @@ def test_spatial_norm_gets_the_time_embedding() -> None:
     ids=["cross-attention", "mask", "masked cross-attention", "few bins", "ratio 1", "one bin", "keywords"],
 )
 def test_hands_on_unchanged(options, call) -> None:
-    recorder, attn, x = Recorder(), attention(), torch.randn(2, FRAMES * BINS, 16)
-    output = processor(recorder, **options)(attn, x, **call)
-    (((got_attn, got_x), keywords),) = recorder.calls
+    theirs, attn, x = recorder(), attention(), torch.randn(2, FRAMES * BINS, 16)
+    output = processor(theirs, **options)(attn, x, **call)
+    (((got_attn, got_x), keywords),) = theirs.calls
     assert got_attn is attn
     assert got_x is x
     assert keywords.keys() == call.keys()
@@ -103,15 +97,10 @@ def test_hands_on_unchanged(options, call) -> None:
 
 
 def test_positional_arguments_are_handed_on() -> None:
-    recorder, x, text = Recorder(), torch.randn(2, FRAMES * BINS, 16), torch.randn(2, 7, 16)
-    processor(recorder)(attention(), x, text)
-    assert recorder.calls[0][1] == {"encoder_hidden_states": text}
-
-
-def test_further_positional_arguments_keep_their_places() -> None:
-    recorder, attn, x, text = Recorder(), attention(), torch.randn(2, FRAMES * BINS, 16), torch.randn(2, 7, 16)
-    processor(recorder)(attn, x, text, None, None, 0.5)
-    assert recorder.calls == [((attn, x, text, None, None, 0.5), {})]
+    theirs, attn, x, text = recorder(), attention(), torch.randn(2, FRAMES * BINS, 16), torch.randn(2, 7, 16)
+    processor(theirs)(attn, x, text)
+    processor(theirs)(attn, x, text, None, None, 0.5)  # further ones keep their places
+    assert theirs.calls == [((attn, x), {"encoder_hidden_states": text}), ((attn, x, text, None, None, 0.5), {})]
 
 
 def test_original_may_take_fewer_arguments() -> None:
@@ -120,43 +109,10 @@ def test_original_may_take_fewer_arguments() -> None:
     torch.testing.assert_close(processor(SlicedAttnProcessor(1))(attn, x, encoder_hidden_states=text), expected)
 
 
-def test_a_time_window_is_counted_at_the_input_and_halved_level_by_level() -> None:
-    attn, x = attention(), torch.randn(1, 200 * BINS, 16)
-    config = LiteFocusConfig.paper(min_freq_bins=1, time_window=75)
-    at_level_2 = LiteFocusAttnProcessor(None, layer="here", freq_bins=BINS, config=config, level=2)
-    of_19 = LiteFocusAttnProcessor(
-        None, layer="here", freq_bins=BINS, config=LiteFocusConfig.paper(min_freq_bins=1, time_window=19)
-    )
-    assert torch.equal(at_level_2(attn, x), of_19(attn, x))
-    assert at_level_2.grid.keys_kept(200, BINS) == (64 + 20 + 3 * 8) / 800
-    assert at_level_2.grid.config is config
-
-
-@pytest.mark.parametrize(("frames", "dense"), [(32, True), (63, False)])  # 29 and 57 keys saved
-def test_small_grids_stay_dense_as_a_focus_call_would_not_be_cheaper(frames, dense, monkeypatch) -> None:
-    monkeypatch.undo()  # the shipped threshold
-    recorder, attn, x = Recorder(), attention(), torch.randn(1, frames * 2, 16)
-    at_2_bins = processor(recorder, freq_bins=2, sparse_ratio=0.1)
-    at_2_bins(attn, x)
-    assert bool(recorder.calls) is dense
-    assert (at_2_bins.grid.keys_kept(frames, 2) == 1) is dense
-
-
 @pytest.mark.parametrize("tokens", [3, 41])
 def test_refuses_tokens_that_are_no_grid(tokens) -> None:
     with pytest.raises(ValueError, match=rf"'here': {tokens} tokens cannot .* 4 frequency bins; .* freq_bins"):
         processor()(attention(), torch.randn(2, tokens, 16))
-
-
-def test_a_focus_set_is_built_once_for_a_length_and_few_are_kept() -> None:
-    ours, attn = processor(), attention()
-    ours(attn, torch.randn(1, 8 * BINS, 16))
-    (first,) = ours.grid._built.values()
-    ours(attn, torch.randn(3, 8 * BINS, 16))
-    assert list(ours.grid._built.values()) == [first]
-    for frames in range(9, 20):
-        ours(attn, torch.randn(1, frames * BINS, 16))
-    assert [frames for frames, *_ in ours.grid._built] == [16, 17, 18, 19]
 
 
 def test_inference_mode_first_does_not_spoil_gradients_later() -> None:
@@ -194,3 +150,32 @@ def test_copies_and_pickles_without_its_index(duplicate) -> None:
 def test_refuses_an_unknown_axis() -> None:
     with pytest.raises(ValueError, match="freq_axis must be 'width' or 'height', got 'depth'"):
         LiteFocusAttnProcessor(None, layer="here", freq_bins=4, freq_axis="depth")  # type: ignore[arg-type]
+
+
+def test_what_is_no_processor_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"original must be an attention processor, got 8 \(int\).* are freq_bins="):
+        LiteFocusAttnProcessor(8)
+    for freq_bins, error in ((0, ValueError), (8.0, TypeError), ("8", TypeError)):
+        with pytest.raises(error, match="freq_bins must be an integer"):
+            LiteFocusAttnProcessor(freq_bins=freq_bins)
+
+
+def test_on_a_layer_that_is_not_patched_it_needs_its_bins() -> None:
+    """Without them, and without another processor to hand on to, it would run dense without a word."""
+    attn, x = attention(), torch.randn(1, FRAMES * BINS, 16)
+    with pytest.raises(ValueError, match="has no freq_bins, and its layer is not patched; pass freq_bins"):
+        LiteFocusAttnProcessor()(attn, x)
+    text = torch.randn(1, 7, 16)
+    assert torch.equal(LiteFocusAttnProcessor()(attn, x, text), AttnProcessor2_0()(attn, x, text))
+    assert torch.equal(LiteFocusAttnProcessor(AttnProcessor2_0())(attn, x), AttnProcessor2_0()(attn, x))
+
+
+def test_an_empty_batch() -> None:
+    attn = attention()
+    attn.set_processor(LiteFocusAttnProcessor(freq_bins=8, config=LiteFocusConfig(sparse_ratio=0.05, min_sampled=2)))
+    empty = torch.zeros(0, 40 * 8, 16, requires_grad=True)
+    output = attn(empty)
+    assert output.shape == (0, 320, 16)
+    output.sum().backward()
+    assert empty.grad is not None
+    assert empty.grad.shape == empty.shape
