@@ -171,13 +171,14 @@ class PatchSetting(Setting):
             raise ValueError("litefocus.probe is measuring this UNet's dense attention; leave its block, then patch")
         context = vars(module).get("_litefocus_context") or Context()
         layers = self_attention_layers(module)
-        before = [(layer.attn, patched(layer.attn), getattr(layer.attn, "processor", None)) for layer in layers]
+        before = [(x.attn, type(x.attn), patched(x.attn), getattr(x.attn, "processor", None)) for x in layers]
         try:
             for layer in layers:
                 install(layer, context)
         except BaseException:
-            for attn, found, processor in before:
+            for attn, kind, found, processor in before:
                 uninstall(attn)
+                attn.__class__ = kind
                 if found is not None:
                     vars(attn)["_litefocus"] = found
                 if processor is not None and attn.processor is not processor:
