@@ -16,6 +16,7 @@ import tomesd
 import torch
 from benchmark import captured
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from support.memory import NoReading
 from support.pipelines import build, minimal_unet
 from support.small import (
     APART,
@@ -43,7 +44,6 @@ from support.small import (
 )
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import litefocus
@@ -274,14 +274,6 @@ def test_outside_of_a_unets_call_it_is_the_first(used: list[FocusSet], fails: bo
     assert torch.equal(used[-1].keys, expected_set(unet, 0).keys)
 
 
-class NoReading(TorchDispatchMode):
-    """Fails where a tensor's value becomes a number of Python, for which a GPU would be waited."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert "_local_scalar_dense" not in str(func)
-        return func(*args, **(kwargs or {}))
-
-
 @torch.no_grad()
 def test_a_layer_whose_sample_is_a_tensor_computes_the_same(used: list[FocusSet]) -> None:
     unet = patched()
@@ -442,7 +434,6 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-
 def compiled(unet: Any) -> Any:
     return torch.compile(unet, backend="eager")
 
@@ -462,7 +453,7 @@ def test_an_input_on_another_grid_is_refused_by_a_compiled_unet(compiler: Any, c
         assert run(call, latent(bins=8)).shape == (2, 4, FRAMES, 8)
     patch(unet)
     assert_same(run(call), first_sample())
-    with pytest.raises(ValueError, match="patched for 16 frequency bins .* has 8 there"):
+    with pytest.raises(ValueError, match=r"patched for 16 frequency bins .* has 8 there"):
         run(call, latent(1, bins=8))
 
 

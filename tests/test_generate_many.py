@@ -221,12 +221,7 @@ def test_goes_on_after_a_kill_and_makes_what_one_process_makes(many: Callable[..
     ],
 )
 def test_errors_are_one_line_and_leave_nothing(
-    name: str,
-    text: str | None,
-    options: list[str],
-    message: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    name: str, text: str | None, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if text is not None:
         (tmp_path / name).write_text(text)

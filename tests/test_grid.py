@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_context import NoReading
+from support.memory import NoReading
 from torch import Tensor
 
 from litefocus import LiteFocusConfig, focus_attention, focus_set

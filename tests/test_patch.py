@@ -5,25 +5,23 @@ import gc
 import io
 import subprocess
 import sys
-import types
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.models.attention_processor import Attention, SlicedAttnProcessor
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from support.oracle import install_oracle
-from support.pipelines import BUILDERS, audioldm2_unet, audioldm_unet, build, generate
+from support.pipelines import BUILDERS, build, generate
 from support.settings import hand_in
+from support.small import BOTH, assert_same, dense, focus, patch, run
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import litefocus
 import litefocus.__main__ as report
-from litefocus import LiteFocusAttnProcessor, LiteFocusConfig
+from litefocus import LiteFocusConfig, _layers, _patch
 
 PAPER = LiteFocusConfig.paper()
 
@@ -108,128 +106,6 @@ def test_patched_audio_repeats(pipe) -> None:
     assert np.array_equal(generate(pipe), first)
 
 
-def test_unpatch_is_harmless_when_nothing_is_patched(pipe) -> None:
-    before = processors(pipe.unet)
-    litefocus.unpatch(pipe)
-    assert same(before, processors(pipe.unet))
-
-
-def test_context_manager_restores_after_an_exception(pipe) -> None:
-    before = processors(pipe.unet)
-    with pytest.raises(ValueError, match="`prompt` has to be"), litefocus.patch(pipe, PAPER):
-        pipe(prompt=object(), audio_length_in_s=1.0)
-    assert same(before, processors(pipe.unet))
-
-
-def test_nested_contexts_restore_the_outer_configuration(pipe) -> None:
-    before = processors(pipe.unet)
-    with litefocus.patch(pipe, PAPER, sparse_ratio=0.2) as outer:
-        during = processors(pipe.unet)
-        with litefocus.patch(pipe, outer.config, seed=3):
-            assert litefocus.status(pipe).config == LiteFocusConfig.paper(sparse_ratio=0.2, seed=3)
-        assert same(during, processors(pipe.unet))
-        litefocus.patch(pipe, seed=4)  # replaced inside, and still undone outside
-    assert same(before, processors(pipe.unet))
-
-
-def test_a_removed_patch_does_not_come_back(pipe) -> None:
-    before = processors(pipe.unet)
-    outer = litefocus.patch(pipe, PAPER)
-    with litefocus.patch(pipe, seed=1):
-        outer.remove()
-    assert same(before, processors(pipe.unet))
-    with pytest.raises(RuntimeError, match="this patch was taken off, or was entered before"), outer:
-        pass
-
-
-def test_what_was_overwritten_inside_a_context_is_still_shown_outside(pipe) -> None:
-    litefocus.patch(pipe, PAPER)
-    with litefocus.patch(pipe, seed=1):
-        pipe.enable_attention_slicing()
-    assert {layer.state for layer in litefocus.status(pipe).layers} == {"overwritten by SlicedAttnProcessor"}
-
-
-def test_unpatch_inside_a_context_is_final(pipe) -> None:
-    before = processors(pipe.unet)
-    litefocus.patch(pipe, PAPER)
-    with litefocus.patch(pipe, seed=1):
-        litefocus.unpatch(pipe)
-    assert same(before, processors(pipe.unet))
-
-
-def test_patching_again_replaces_and_never_stacks(pipe) -> None:
-    before, dense = processors(pipe.unet), generate(pipe)
-    first = litefocus.patch(pipe, sparse_ratio=0.5)
-    second = litefocus.patch(pipe, PAPER)
-    originals = [p.original for p in processors(pipe.unet).values() if isinstance(p, LiteFocusAttnProcessor)]
-    assert originals
-    assert not any(isinstance(original, LiteFocusAttnProcessor) for original in originals)
-    first.remove()  # its processors are gone already
-    assert litefocus.status(pipe).config == PAPER
-    second.remove()
-    assert same(before, processors(pipe.unet))
-    assert np.array_equal(generate(pipe), dense)
-
-
-def test_what_something_else_overwrote_is_shown_and_left(pipe) -> None:
-    before = processors(pipe.unet)
-    litefocus.patch(pipe, PAPER)
-    name, attn = next(item for item in attentions(pipe.unet).items() if item[0].endswith("attn1"))
-    other = SlicedAttnProcessor(1)
-    attn.set_processor(other)
-    states = {layer.name: layer.state for layer in litefocus.status(pipe).layers}
-    assert states.pop(name) == "overwritten by SlicedAttnProcessor"
-    assert "focus" in states.values()
-    assert not any(state.startswith("overwritten") for state in states.values())
-    litefocus.unpatch(pipe)
-    after = processors(pipe.unet)
-    assert after.pop(name) is other
-    before.pop(name)
-    assert same(before, after)
-
-
-def test_attention_slicing_overwrites_everything_and_is_shown(pipe) -> None:
-    litefocus.patch(pipe, PAPER)
-    pipe.enable_attention_slicing()
-    status = litefocus.status(pipe)
-    assert {layer.state for layer in status.layers} == {"overwritten by SlicedAttnProcessor"}
-    assert f"{len(status.layers)} overwritten since they were patched" in repr(status)
-    litefocus.patch(pipe, PAPER)
-    assert "overwritten" not in repr(litefocus.status(pipe))
-    litefocus.unpatch(pipe)
-    assert {layer.state for layer in litefocus.status(pipe).layers} == {"dense"}
-
-
-def test_a_failure_midway_leaves_the_pipeline_as_it_was(pipe, monkeypatch) -> None:
-    modules = [set(vars(module)) for module in pipe.unet.modules()]
-    before = processors(pipe.unet)
-    last = list(attentions(pipe.unet).values())[-2]
-    set_processor = Attention.set_processor
-
-    def fail_at_last(self: Attention, processor: Any) -> None:
-        if self is last:
-            raise RuntimeError("full")
-        set_processor(self, processor)
-
-    monkeypatch.setattr(Attention, "set_processor", fail_at_last)
-    with pytest.raises(RuntimeError, match="full"):
-        litefocus.patch(pipe, seed=2)
-    assert same(before, processors(pipe.unet))
-    assert [set(vars(module)) for module in pipe.unet.modules()] == modules
-
-
-def test_a_copy_is_independent(pipe) -> None:
-    dense = generate(pipe)
-    litefocus.patch(pipe, PAPER)
-    patched = generate(pipe)
-    other = copy.deepcopy(pipe)
-    litefocus.unpatch(pipe)
-    assert np.array_equal(generate(pipe), dense)
-    assert np.array_equal(generate(other), patched)
-    litefocus.unpatch(other)
-    assert np.array_equal(generate(other), dense)
-
-
 def test_a_patched_unet_pickles(pipe) -> None:
     litefocus.patch(pipe, PAPER)
     patched = generate(pipe)
@@ -239,16 +115,6 @@ def test_a_patched_unet_pickles(pipe) -> None:
     pipe.unet = torch.load(buffer, weights_only=False)
     assert np.array_equal(generate(pipe), patched)
     assert litefocus.status(pipe).config == PAPER
-
-
-def test_a_patched_unet_can_be_freed() -> None:
-    unet = audioldm_unet()
-    handle = litefocus.patch(unet, freq_bins=16)
-    alive = weakref.ref(unet)
-    del unet
-    gc.collect()
-    assert alive() is None
-    assert "gone" in repr(handle)
 
 
 def test_saving_a_patched_pipeline_saves_nothing_of_ours(pipe, tmp_path) -> None:
@@ -268,17 +134,6 @@ def test_a_unet_alone_is_patched_like_its_pipeline(pipe) -> None:
     assert np.array_equal(generate(pipe), expected)
     litefocus.unpatch(pipe.unet)
     assert litefocus.status(pipe).config is None
-
-
-def test_a_pipeline_with_a_compiled_unet_is_patched_like_another(pipe) -> None:
-    plain = [(layer.name, layer.freq_bins) for layer in litefocus.status(pipe).layers]
-    inner = pipe.unet
-    pipe.unet = torch.compile(pipe.unet, backend="eager")
-    litefocus.patch(pipe, PAPER)
-    assert [(layer.name, layer.freq_bins) for layer in litefocus.status(pipe).layers] == plain
-    assert litefocus.status(inner).config == PAPER
-    litefocus.unpatch(pipe)
-    assert litefocus.status(inner).config is None
 
 
 def test_height_axis() -> None:
@@ -307,174 +162,6 @@ def test_height_axis() -> None:
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
-# --- which layers, at the published shapes (no weights: the meta device) ---------------------------------------------
-
-PUBLISHED = {
-    "audioldm-s": (audioldm_unet, {"channels": (128, 256, 384, 640)}, 32, 32),
-    "audioldm-m": (audioldm_unet, {"channels": (192, 384, 576, 960)}, 32, 32),
-    "audioldm-l": (audioldm_unet, {"channels": (256, 512, 768, 1280)}, 32, 32),
-    "audioldm2": (audioldm2_unet, {"channels": (128, 256, 384, 640), "slots": (None, 768, 1024)}, 64, 96),
-    "audioldm2-large": (
-        audioldm2_unet,
-        {
-            "channels": (128, 256, 384, 640),
-            "slots": (None, 768, 1024, None),
-            "transformer_layers_per_block": 2,
-        },
-        192,
-        256,
-    ),
-}
-
-
-def published_unet(name: str) -> nn.Module:
-    maker, settings, _, _ = PUBLISHED[name]
-    with torch.device("meta"):
-        return maker(**settings, layers_per_block=2, norm_num_groups=32, attention_head_dim=8)  # type: ignore[operator]
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_finds_all_self_attention_of_the_published_unets(name) -> None:
-    unet = published_unet(name)
-    litefocus.patch(unet, PAPER, freq_bins=16)
-    layers = litefocus.status(unet).layers
-    assert (len(layers), len(attentions(unet))) == PUBLISHED[name][2:]
-    by_block = {layer.name.split(".attentions")[0]: layer.freq_bins for layer in layers}
-    assert by_block == {
-        "down_blocks.1": 8,
-        "down_blocks.2": 4,
-        "down_blocks.3": 2,
-        "mid_block": 2,
-        "up_blocks.0": 2,
-        "up_blocks.1": 4,
-        "up_blocks.2": 8,
-    }
-    assert {layer.state for layer in layers if layer.freq_bins == 8} == {"focus"}
-    assert {layer.state for layer in layers if layer.freq_bins != 8} == {"dense"}
-
-
-def test_an_encoder_as_wide_as_a_layer_is_not_taken_for_self_attention() -> None:
-    apart, equal = (audioldm2_unet(slots=(None, 18, width)) for width in (32, 16))
-    assert [a.name for a in litefocus.status(apart).layers] == [b.name for b in litefocus.status(equal).layers]
-
-
-def with_published_unet(name: str) -> Any:
-    pipe = build("AudioLDM")
-    pipe.unet = published_unet(name)
-    return pipe
-
-
-def test_estimate_agrees_with_a_count_of_every_operation() -> None:
-    pipe = with_published_unet("audioldm2")
-    frames = 1000
-    inputs = {
-        "sample": torch.empty(1, 8, frames, 16, device="meta"),
-        "timestep": torch.empty((), device="meta"),
-        "encoder_hidden_states": torch.empty(1, 8, 768, device="meta"),
-        "encoder_hidden_states_1": torch.empty(1, 8, 1024, device="meta"),
-    }
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        pipe.unet(**inputs)
-    flops = litefocus.status(pipe, seconds=40).flops
-    assert flops is not None
-    assert flops.dense == pytest.approx(counter.get_total_flops(), rel=0.02)
-
-
-@pytest.mark.parametrize(("name", "ratio"), [("audioldm-s", 1.65), ("audioldm2", 1.78), ("audioldm2-large", 2.08)])
-def test_estimated_saving_at_80_seconds(name, ratio) -> None:
-    """The limits were counted by hand, layer by layer, at 1024 frames where F = 8."""
-    pipe = with_published_unet(name)
-    litefocus.patch(pipe, PAPER, min_freq_bins=2)
-    status = litefocus.status(pipe, seconds=81.92)
-    assert status.flops is not None
-    assert status.flops.ratio == pytest.approx(ratio, abs=0.02)
-    kept = {layer.freq_bins: layer.keys_kept for layer in status.layers}
-    assert kept == {8: 1738 / 8192, 4: (512 + 3 * 51) / 2048, 2: (256 + 26) / 512}
-    assert f"at most {status.flops.ratio:.2f}x faster" in repr(status)
-
-
-# --- bad input -------------------------------------------------------------------------------------------------------
-
-
-def latent_diffusion_over_a_transformer() -> Any:
-    """As of OpenMusic's QA-MDT."""
-    kind = type("Transformer", (nn.Module,), {})
-    return types.SimpleNamespace(latent_f_size=16, model=types.SimpleNamespace(diffusion_model=kind()))
-
-
-def bad_targets() -> Iterator[tuple[Any, str]]:
-    yield None, "got None; litefocus accepts an AudioLDM, AudioLDM 2, MusicLDM, Tango"
-    yield "pipe", "got an object of type str; litefocus accepts"
-    yield object(), "got an object of type object; litefocus accepts"
-    yield nn.Linear(2, 2), "got an object of type Linear; litefocus accepts"
-    yield AutoencoderKL(), "got an object of type AutoencoderKL; litefocus accepts"
-    yield (
-        types.SimpleNamespace(unet=nn.Linear(2, 2)),
-        r"SimpleNamespace cannot be patched: its unet \(Linear\) is no 2-D",
-    )
-    yield types.SimpleNamespace(unet=None), "its unet is None: load it with one"
-    yield latent_diffusion_over_a_transformer(), r"its model.diffusion_model \(Transformer\) is no 2-D UNet"
-
-
-@pytest.mark.parametrize("call", [litefocus.patch, litefocus.probe, litefocus.status])
-def test_refuses_what_has_no_unet(call) -> None:
-    for target, message in bad_targets():
-        litefocus.unpatch(target)  # harmless
-        with pytest.raises(TypeError, match=message):
-            call(target)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"freq_bins": 8}, ValueError, "freq_bins=8 contradicts the pipeline, whose latent has 16 frequency bins"),
-        ({"freq_bins": 16.0}, TypeError, "freq_bins must be an integer"),
-        ({"freq_axis": "height"}, ValueError, r"freq_axis='height' contradicts .* latent is \(time, frequency\)"),
-        ({"freq_axis": "hight"}, ValueError, "got 'hight'. Did you mean 'height'?"),
-        ({"freq_bin": 16}, TypeError, r"patch\(\) has no option 'freq_bin'. Did you mean 'freq_bins'?"),
-        ({"sparse_ration": 0.2}, TypeError, r"patch\(\) has no option 'sparse_ration'. Did you mean 'sparse_ratio'?"),
-        ({"sparse_ratio": 2}, ValueError, r"sparse_ratio must be a finite number in \[0, 1\], got 2"),
-        ({"config": {"seed": 1}}, TypeError, "config must be a LiteFocusConfig, got dict"),
-        (
-            {"min_freq_bins": 9},
-            ValueError,
-            "would focus: the .* have 8, 4, 2 frequency bins, .* set min_freq_bins to 8",
-        ),
-    ],
-)
-def test_refuses_bad_options_and_changes_nothing(pipe, options, error, message) -> None:
-    before = processors(pipe.unet)
-    with pytest.raises(error, match=message):
-        litefocus.patch(pipe, **options)
-    assert same(before, processors(pipe.unet))
-
-
-def test_wrong_freq_bins_show_at_the_first_call() -> None:
-    pipe = build("AudioLDM")
-    litefocus.patch(pipe.unet, freq_bins=24)
-    message = r"patched for 24 frequency bins on the width axis, and its input .* \(2, 8, 25, 16\) has 16 there"
-    with pytest.raises(ValueError, match=message):
-        generate(pipe, 1.0)
-
-
-def test_a_unet_without_self_attention_is_refused() -> None:
-    unet = UNet2DConditionModel(
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",) * 2,
-        up_block_types=("UpBlock2D",) * 2,
-        mid_block_type=None,
-        layers_per_block=1,
-    )
-    with pytest.raises(ValueError, match="hold none that litefocus knows"):
-        litefocus.patch(unet, freq_bins=16)
-
-
-def test_a_grid_of_one_bin_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"all 20 have a single frequency bin.*check freq_bins"):
-        litefocus.patch(audioldm_unet(), freq_bins=2, min_freq_bins=1)
-
-
 def test_importing_is_light() -> None:
     script = (
         "import sys, torch; before = set(sys.modules); import litefocus; new = set(sys.modules) - before; "
@@ -489,3 +176,67 @@ def test_report_for_bugs(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out
     assert f"torch {torch.__version__.split('+')[0]}" in lines
     assert "diffusers.AudioLDM2Pipeline: supported" in lines
+
+
+@pytest.mark.parametrize("already", [False, True], ids=["bare", "patched"])
+@pytest.mark.parametrize("make", BOTH.values(), ids=BOTH)
+def test_a_failure_midway_leaves_the_unet_as_it_was(make: Any, already: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = make()
+    if already:
+        patch(unet)
+    modules = [(type(module), dict(vars(module))) for module in unet.modules()]
+    calls = []
+
+    def fail_at_last(layer: Any, context: Any) -> None:
+        install(layer, context)
+        calls.append(layer)
+        if len(calls) == len(litefocus.status(unet).layers):
+            raise RuntimeError("full")
+
+    install = _layers.install
+    monkeypatch.setattr(_patch, "install", fail_at_last)
+    with pytest.raises(RuntimeError, match="full"):
+        patch(unet, 2)
+    assert [(type(module), dict(vars(module))) for module in unet.modules()] == modules
+    assert_same(run(unet), focus(1, make) if already else dense(make))
+
+
+def left(unet: Any) -> Any:
+    with patch(unet) as handle:
+        run(unet)
+    return handle
+
+
+def unpatched(unet: Any) -> Any:
+    handle = patch(unet)
+    litefocus.unpatch(unet)
+    return handle
+
+
+def patched_again(unet: Any) -> Any:
+    return [patch(unet, 1), patch(unet, 2)]
+
+
+def status(unet: Any) -> Any:
+    patch(unet)
+    return litefocus.status(unet)
+
+
+def probe(unet: Any) -> Any:
+    with litefocus.probe(unet) as probe:
+        run(unet)
+    return probe
+
+
+@pytest.mark.parametrize("make", BOTH.values(), ids=BOTH)
+@pytest.mark.parametrize("show", [patch, left, unpatched, patched_again, status, probe, litefocus.probe])
+def test_what_is_shown_keeps_no_weights_alive(make: Any, show: Any) -> None:
+    unet = make()
+    alive = [weakref.ref(parameter) for parameter in unet.parameters()]
+    kept = show(unet)
+    shown = repr(kept)
+    del unet
+    gc.collect()
+    assert not [ref for ref in alive if ref() is not None]
+    assert repr(kept) == shown or "gone" in repr(kept)
+    getattr(kept, "_repr_html_", lambda: None)()

@@ -10,7 +10,6 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, Sl
 from support.oracle import allowed
 from support.recorder import Recorder
 from support.settings import hand_in
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from litefocus import LiteFocusAttnProcessor, LiteFocusConfig, focus_set

@@ -7,8 +7,11 @@ import typing
 from typing import Any
 
 import pytest
+import torch
 from diffusers.models.attention_processor import SlicedAttnProcessor
-from support.pipelines import BUILDERS, audioldm_unet, build, generate
+from support.pipelines import BUILDERS, audioldm2_unet, audioldm_unet, build, generate
+from support.recorder import Recorder
+from torch.utils.flop_counter import FlopCounterMode
 
 import litefocus
 from litefocus import LiteFocusConfig
@@ -157,3 +160,77 @@ def test_help_and_type_checkers_show_the_options(function) -> None:
         assert shown[name].annotation == kind
     assert set(typing.get_type_hints(ConfigOptions)) == set(LiteFocusConfig.__annotations__)
     assert ConfigOptions.__annotations__.keys() == LiteFocusConfig.__annotations__.keys()
+
+
+# --- before a patch, what it would gain ------------------------------------------------------------------------------
+
+PUBLISHED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "audioldm-s": (audioldm_unet, {"channels": (128, 256, 384, 640)}),
+    "audioldm2": (audioldm2_unet, {"channels": (128, 256, 384, 640), "slots": (None, 768, 1024)}),
+    "audioldm2-large": (
+        audioldm2_unet,
+        {"channels": (128, 256, 384, 640), "slots": (None, 768, 1024, None), "transformer_layers_per_block": 2},
+    ),
+}
+
+
+def with_published_unet(name: str) -> Any:
+    """A pipeline whose UNet has the published shapes, and no weights."""
+    maker, settings = PUBLISHED[name]
+    pipe = build("AudioLDM")
+    with torch.device("meta"):
+        pipe.unet = maker(**settings, layers_per_block=2, norm_num_groups=32, attention_head_dim=8)
+    return pipe
+
+
+def test_estimate_agrees_with_a_count_of_every_operation() -> None:
+    pipe = with_published_unet("audioldm2")
+    frames = 1000
+    inputs = {
+        "sample": torch.empty(1, 8, frames, 16, device="meta"),
+        "timestep": torch.empty((), device="meta"),
+        "encoder_hidden_states": torch.empty(1, 8, 768, device="meta"),
+        "encoder_hidden_states_1": torch.empty(1, 8, 1024, device="meta"),
+    }
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        pipe.unet(**inputs)
+    flops = litefocus.status(pipe, seconds=40).flops
+    assert flops is not None
+    assert flops.dense == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "ratio"), [("audioldm-s", 1.65), ("audioldm2", 1.78), ("audioldm2-large", 2.08)])
+def test_estimated_saving_at_80_seconds(name, ratio) -> None:
+    """The limits were counted by hand, layer by layer, at 1024 frames where F = 8."""
+    pipe = with_published_unet(name)
+    litefocus.patch(pipe, PAPER, min_freq_bins=2)
+    status = litefocus.status(pipe, seconds=81.92)
+    assert status.flops is not None
+    assert status.flops.ratio == pytest.approx(ratio, abs=0.02)
+    kept = {layer.freq_bins: layer.keys_kept for layer in status.layers}
+    assert kept == {8: 1738 / 8192, 4: (512 + 3 * 51) / 2048, 2: (256 + 26) / 512}
+    assert f"at most {status.flops.ratio:.2f}x faster" in repr(status)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_before_a_patch_the_gain_is_that_which_it_has_afterwards(name: str) -> None:
+    pipe = with_published_unet(name)
+    before = litefocus.status(pipe, seconds=80)
+    assert "would become, by litefocus.patch(pipe)," in repr(before)
+    litefocus.patch(pipe)
+    after = litefocus.status(pipe, seconds=80)
+    assert before.flops == after.flops
+    assert after.flops.ratio > 1.5
+    assert "would" not in repr(after)
+
+
+def test_layers_that_would_stay_dense_are_no_gain() -> None:
+    pipe = build("AudioLDM 2")
+    every = litefocus.status(pipe, seconds=80).flops
+    first = litefocus.status(pipe).layers[0].name
+    pipe.unet.get_submodule(first).set_processor(Recorder(SlicedAttnProcessor(1)))
+    before = litefocus.status(pipe, seconds=80).flops
+    assert every.patched < before.patched < before.dense == every.dense
+    with pytest.warns(UserWarning, match="1: its processor is Recorder"):
+        litefocus.patch(pipe)
+    assert litefocus.status(pipe, seconds=80).flops == before

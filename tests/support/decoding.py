@@ -6,9 +6,10 @@ import types
 from typing import Any
 
 import torch
-from support.pipelines import shared_parts
 from torch import Tensor, nn
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
+
+from support.pipelines import shared_parts
 
 
 def speecht5(**settings: Any) -> SpeechT5HifiGan:

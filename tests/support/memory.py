@@ -1,4 +1,4 @@
-"""How much memory a call takes."""
+"""What a call does with tensors: how much memory it takes, and whether it reads their values."""
 
 from __future__ import annotations
 
@@ -31,3 +31,11 @@ class PeakMemory(TorchDispatchMode):
 
     def _free(self, size: int) -> None:
         self.live -= size
+
+
+class NoReading(TorchDispatchMode):
+    """Fails where a tensor's value becomes a number of Python, for which a GPU would be waited."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert "_local_scalar_dense" not in str(func)
+        return func(*args, **(kwargs or {}))

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
-from support.authors import authors, cross_attention, random_weights
-from support.pipelines import minimal_unet, sharpen
-from support.settings import hand_in
 from torch import Tensor, nn
 
 import litefocus
+from support.authors import authors, cross_attention, random_weights
+from support.pipelines import minimal_unet, sharpen
+from support.settings import hand_in
 
 FRAMES, BINS = 24, 16
 FEW = {"sparse_ratio": 0.05, "min_sampled": 2}  # so few keys that every other sample, and dense attention, is far away

@@ -1,0 +1,102 @@
+"""Objects of the shape of Tango's and Mustango's (declare-lab), of tiny parts of diffusers and transformers."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
+
+from support.pipelines import JOINT, shared_parts, t5_tokenizer
+
+
+def tango_unet(**overrides: Any) -> UNet2DConditionModel:
+    """diffusion_model_config.json of declare-lab/tango at a fortieth of the width."""
+    settings: dict[str, Any] = {
+        "in_channels": 8,
+        "out_channels": 8,
+        "block_out_channels": (8, 16, 32, 32),
+        "layers_per_block": 2,
+        "norm_num_groups": 4,
+        "attention_head_dim": (1, 2, 4, 4),
+        "cross_attention_dim": JOINT,
+        "use_linear_projection": True,
+        "upcast_attention": True,
+        "sample_size": [32, 2],
+    }
+    return UNet2DConditionModel(**{**settings, **overrides}).eval()
+
+
+class TangoVAE(nn.Module):
+    """What Tango calls of AudioLDM's VAE, around the VAE and the vocoder of diffusers and transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = shared_parts()
+        self.inner, self.vocoder = parts["vae"], parts["vocoder"]
+        self.encoder = self.inner.encoder
+        self.encoder.num_resolutions = len(self.inner.config.block_out_channels)
+        config = self.vocoder.config
+        self.vocoder.h = types.SimpleNamespace(
+            num_mels=config.model_in_dim, upsample_rates=config.upsample_rates, sampling_rate=config.sampling_rate
+        )
+
+    def decode_first_stage(self, z: Tensor) -> Tensor:
+        return self.inner.decode(z).sample
+
+    def decode_to_waveform(self, mel: Tensor) -> np.ndarray:
+        return self.vocoder(mel.squeeze(1)).numpy()
+
+
+class AudioDiffusion(nn.Module):
+    """Tango's model: attribute and argument names of declare-lab/tango, models.py."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+        self.tokenizer = t5_tokenizer()
+        config = T5Config(vocab_size=64, d_model=JOINT, d_ff=16, d_kv=8, num_heads=1, num_layers=1)
+        self.text_encoder = T5EncoderModel(config).eval()
+
+    def prepare_latents(self, batch_size, inference_scheduler, num_channels_latents, dtype, device) -> Tensor:
+        shape = (batch_size, num_channels_latents, 256, 16)
+        return torch.randn(shape, dtype=dtype, device=device) * inference_scheduler.init_noise_sigma
+
+    def forward(self, *arguments: Any) -> Tensor:
+        """Of the original a training step; here what a wrapper around the model passes."""
+        return self.prepare_latents(*arguments)
+
+    def inference(self, prompt, inference_scheduler, num_steps, guidance_scale) -> Tensor:
+        batch = self.tokenizer(["", *prompt], padding="max_length", max_length=8, truncation=True, return_tensors="pt")
+        embeds = self.text_encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
+        inference_scheduler.set_timesteps(num_steps)
+        latents = self.prepare_latents(
+            len(prompt), inference_scheduler, self.unet.config.in_channels, embeds.dtype, embeds.device
+        )
+        for t in inference_scheduler.timesteps:
+            noise = self.unet(
+                torch.cat([latents] * 2),
+                t,
+                encoder_hidden_states=embeds,
+                encoder_attention_mask=batch.attention_mask == 1,
+            ).sample
+            unconditional, conditional = noise.chunk(2)
+            noise = unconditional + guidance_scale * (conditional - unconditional)
+            latents = inference_scheduler.step(noise, t, latents).prev_sample
+        return latents
+
+
+class Tango:
+    """A plain object, as `tango.Tango` is."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.vae, self.model, self.scheduler = TangoVAE(), AudioDiffusion(unet), DDPMScheduler()
+
+    @torch.no_grad()
+    def generate(self, prompt: str, steps: int = 1, guidance: float = 3) -> np.ndarray:
+        mel = self.vae.decode_first_stage(self.model.inference([prompt], self.scheduler, steps, guidance))
+        return self.vae.decode_to_waveform(mel)[0]
