@@ -2,6 +2,7 @@
 
 import os
 import signal
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,27 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+SLOW = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Count what `-m "not slow"` leaves out. The processes of pytest-xdist hand it on to the one that reports."""
+    config.stash[SLOW] = sum(item.get_closest_marker("slow") is not None for item in items)
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["slow"] = config.stash[SLOW]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: Any) -> None:
+    """Take over what one of them has counted: all of them collect the same."""
+    node.config.stash[SLOW] = getattr(node, "workeroutput", {}).get("slow", 0)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say on which devices the tests that take `device` ran."""
+    """Say on which devices the tests that take `device` ran, and what was left out."""
+    config = terminalreporter.config
+    if config.option.markexpr == "not slow" and config.stash.get(SLOW, 0):
+        terminalreporter.write_line(f"left out: {config.stash[SLOW]} slow tests, which pytest -m slow runs")
     found = "no other device was found or asked for" if OTHER_DEVICE == "cpu" else f"and on {OTHER_DEVICE}"
     terminalreporter.write_line(f"devices: tests of arithmetic ran on the CPU; {found}")

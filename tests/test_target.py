@@ -223,7 +223,7 @@ def test_bins_are_read_from_the_real_vae_of_audioldm() -> None:
 
 @pytest.mark.parametrize("name", ["AudioLDM", "AudioLDM 2"])
 def test_a_vocoder_of_other_bins_that_came_after_the_patch_works(name: str) -> None:
-    """As diffusers' own `test_audioldm2_vocoder_model_in_dim` exchanges it: 128 mel bins are 32 of the latent, not 16."""
+    """As diffusers' own `test_audioldm2_vocoder_model_in_dim` exchanges it: 128 mel bins are 32 of a latent."""
     pipe, fresh = build(name), build(name)
     litefocus.patch(pipe)
     before = generate(pipe, 1.0)

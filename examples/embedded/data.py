@@ -49,26 +49,12 @@ CLASSES: dict[str, SoundClass] = {
     ),
     "snare": SoundClass(
         ("snare drum", "snare"),
-        (
-            "drum_snare_hard",
-            "elec_hi_snare",
-            "elec_lo_snare",
-            "elec_snare",
-            "sn_dolf",
-            "sn_dub",
-            "elec_filt_snare",
-        ),
+        ("drum_snare_hard", "elec_hi_snare", "elec_lo_snare", "elec_snare", "sn_dolf", "sn_dub", "elec_filt_snare"),
         ("drum_snare_soft", "elec_mid_snare", "sn_zome"),
     ),
     "cymbal": SoundClass(
         ("cymbal", "cymbals"),
-        (
-            "drum_cymbal_closed",
-            "drum_cymbal_hard",
-            "drum_cymbal_open",
-            "drum_cymbal_soft",
-            "drum_splash_hard",
-        ),
+        ("drum_cymbal_closed", "drum_cymbal_hard", "drum_cymbal_open", "drum_cymbal_soft", "drum_splash_hard"),
         ("drum_splash_soft", "drum_cymbal_pedal"),
     ),
     "tom": SoundClass(
@@ -93,8 +79,7 @@ CLASSES: dict[str, SoundClass] = {
         ("bass_trance_c",),
     ),
     "guitar phrase": SoundClass(
-        ("guitar phrase", "guitar", "electric guitar"),
-        ("guit_e_fifths", "guit_em9", "guit_harmonics", "guit_e_slide"),
+        ("guitar phrase", "guitar", "electric guitar"), ("guit_e_fifths", "guit_em9", "guit_harmonics", "guit_e_slide")
     ),
     "bell": SoundClass(
         ("bell", "bells"),
@@ -104,9 +89,7 @@ CLASSES: dict[str, SoundClass] = {
     "breakbeat": SoundClass(("breakbeat", "drum break"), ("loop_amen", "loop_breakbeat", "loop_amen_full")),
     "vinyl hiss": SoundClass(("vinyl hiss", "record hiss"), ("vinyl_hiss",)),
     "robot voice": SoundClass(
-        ("robot voice", "robot", "robotic voice"),
-        ("ambi_choir", "bass_voxy_c", "misc_crow"),
-        ("bass_voxy_hit_c",),
+        ("robot voice", "robot", "robotic voice"), ("ambi_choir", "bass_voxy_c", "misc_crow"), ("bass_voxy_hit_c",)
     ),
 }
 CLASS_NAMES = tuple(CLASSES)

@@ -6,8 +6,6 @@ types, where attention sits); only widths and depths are reduced. Shared by all 
 
 from __future__ import annotations
 
-import copy
-import functools
 import json
 import string
 import tempfile
@@ -239,11 +237,6 @@ BUILDERS: dict[str, Callable[[], Any]] = {"AudioLDM": audioldm, "AudioLDM 2": au
 
 def build(name: str) -> Any:
     """The pipeline of that name with the same weights at every call, without a progress bar."""
-    return copy.deepcopy(_built(name))
-
-
-@functools.cache
-def _built(name: str) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipe = BUILDERS[name]()
