@@ -630,14 +630,12 @@ def test_a_recomputed_step_has_the_gradients_of_the_loss_that_was_computed(
 
     def loss_and_gradient(call: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         x = start = latent(1).to(dtype).requires_grad_()
-        for timestep in (4, 5):
+        for timestep in (timestep_of(1), timestep_of(2)):
             x = call(lambda z, t=timestep: z - 0.9 * step(unet, z, t), x)
         loss = x.square().sum()
         loss.backward()
         return loss.detach(), start.grad
 
-    with torch.no_grad():
-        assert len({sample_index(t) % NUM_SAMPLES for t in (3, 4, 5)} - {0}) > 0  # another than the first
     torch.testing.assert_close(loss_and_gradient(recompute), loss_and_gradient(lambda function, x: function(x)))
 
 
