@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import io
 import subprocess
 import sys
 import weakref
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from support.oracle import install_oracle
 from support.pipelines import BUILDERS, build, generate
@@ -104,62 +102,6 @@ def test_patched_audio_repeats(pipe) -> None:
     first = generate(pipe)
     torch.manual_seed(99)
     assert np.array_equal(generate(pipe), first)
-
-
-def test_a_patched_unet_pickles(pipe) -> None:
-    litefocus.patch(pipe, PAPER)
-    patched = generate(pipe)
-    buffer = io.BytesIO()
-    torch.save(pipe.unet, buffer)
-    buffer.seek(0)
-    pipe.unet = torch.load(buffer, weights_only=False)
-    assert np.array_equal(generate(pipe), patched)
-    assert litefocus.status(pipe).config == PAPER
-
-
-def test_saving_a_patched_pipeline_saves_nothing_of_ours(pipe, tmp_path) -> None:
-    litefocus.patch(pipe, PAPER)
-    pipe.unet.save_pretrained(tmp_path)
-    assert "litefocus" not in (tmp_path / "config.json").read_text().lower()
-    assert not any(
-        "LiteFocus" in type(p).__name__ for p in processors(type(pipe.unet).from_pretrained(tmp_path)).values()
-    )
-
-
-def test_a_unet_alone_is_patched_like_its_pipeline(pipe) -> None:
-    litefocus.patch(pipe, PAPER)
-    expected = generate(pipe)
-    litefocus.unpatch(pipe)
-    litefocus.patch(pipe.unet, PAPER, freq_bins=16)
-    assert np.array_equal(generate(pipe), expected)
-    litefocus.unpatch(pipe.unet)
-    assert litefocus.status(pipe).config is None
-
-
-def test_height_axis() -> None:
-    """A frequency-major UNet is the same as a time-major one with its grid transposed."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=2,
-        cross_attention_dim=12,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval()
-    x, text = torch.randn(1, 4, 8, 24), torch.randn(1, 3, 12)  # 8 frequency bins x 24 frames
-    litefocus.patch(unet, PAPER, freq_bins=8, freq_axis="height", min_freq_bins=4)
-    with torch.no_grad():
-        got = unet(x, 1, text).sample
-        for module in unet.modules():
-            if isinstance(module, nn.Conv2d):
-                module.weight.copy_(module.weight.transpose(2, 3).clone())
-        litefocus.patch(unet, PAPER, freq_bins=8, min_freq_bins=4)
-        expected = unet(x.transpose(2, 3), 1, text).sample.transpose(2, 3)
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_importing_is_light() -> None:

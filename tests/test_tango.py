@@ -13,7 +13,7 @@ import torch
 from support.oracle import install_oracle
 from support.pipelines import build
 from support.settings import hand_in
-from support.small import small_unet
+from support.small import Distributed, small_unet
 from support.tango import AudioDiffusion, Tango, tango_unet
 from torch import nn
 
@@ -54,7 +54,7 @@ def test_tango_is_that_of_masked_dense_attention(tango: Tango, seconds: float, m
     assert repr(handle) == repr(status)
 
 
-@pytest.mark.parametrize(("seconds", "frames"), [(10.24, 256), (80, 2000), (9.95, 249)])
+@pytest.mark.parametrize(("seconds", "frames"), [(20, 500), (9.95, 249)])
 def test_tango_generates_the_length_that_was_set(tango: Tango, seconds: float, frames: int) -> None:
     usual = clip(tango)
     assert len(usual) == 256 * 640 + TAIL
@@ -97,17 +97,6 @@ def test_a_bad_duration_changes_nothing(tango: Tango, seconds: Any, error: type[
 def test_a_duration_needs_tango() -> None:
     with pytest.raises(TypeError, match=r"got an object of type AudioLDMPipeline; .* take audio_length_in_s"):
         litefocus.set_duration(build("AudioLDM"), 10)
-
-
-class Distributed(nn.Module):
-    """What DistributedDataParallel looks like."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any) -> Any:
-        return self.module(*args)
 
 
 def compiled(model: nn.Module) -> Any:

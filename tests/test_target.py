@@ -111,13 +111,17 @@ def test_a_wrapped_unet_is_patched_like_another(wrapper: Callable[[Any], Any]) -
     assert_same(step(wrapped).detach(), dense())
 
 
-def test_an_adapted_unet_has_one_set_of_patches() -> None:
+def adapted(unet: Any) -> Any:
     """peft's models pass on the attributes of what they wrap."""
+    return get_peft_model(unet, LoraConfig(r=2, target_modules=["to_q"]))
+
+
+def test_an_adapted_unet_has_one_set_of_patches() -> None:
     unet = small_unet()
-    adapted = get_peft_model(unet, LoraConfig(r=2, target_modules=["to_q"]))
-    for one, other in ((adapted, unet), (unet, adapted)):
+    outer = adapted(unet)
+    for one, other in ((outer, unet), (unet, outer)):
         patch(one)
-        assert_same(run(adapted), focus())
+        assert_same(run(outer), focus())
         assert_same(run(unet), focus())
         assert litefocus.status(other).layers[0].state == "focus"
         litefocus.unpatch(other)
@@ -126,26 +130,12 @@ def test_an_adapted_unet_has_one_set_of_patches() -> None:
         assert run(one, latent(bins=8)).shape[3] == 8
 
 
-class Adapter(nn.Module):
-    """As image adapters do: holds a UNet and passes on its attributes."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.inner = unet
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._modules["inner"], name)
-
-
 def test_one_unet_under_several_names_is_one() -> None:
     unet = small_unet()
-    pipe = types.SimpleNamespace(unet=unet, adapter=Adapter(unet), model=types.SimpleNamespace(unet=unet))
+    pipe = types.SimpleNamespace(unet=unet, adapter=adapted(unet), model=types.SimpleNamespace(unet=unet))
     patch(pipe)
     assert len(litefocus.status(unet).layers) == 1
-    pipe.adapter = Adapter(small_unet())
+    pipe.adapter = adapted(small_unet())
     with pytest.raises(TypeError, match=r"holds 2 UNets \(unet, adapter\)"):
         litefocus.status(pipe)
 

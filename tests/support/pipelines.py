@@ -115,6 +115,27 @@ def audioldm2_unet(
     return AudioLDM2UNet2DConditionModel(**{**settings, **overrides}).eval()
 
 
+PUBLISHED: dict[str, tuple[Any, dict[str, Any], int, int]] = {  # maker, settings, self-attention layers, all
+    "audioldm-s": (audioldm_unet, {"channels": (128, 256, 384, 640)}, 32, 32),
+    "audioldm-l": (audioldm_unet, {"channels": (256, 512, 768, 1280)}, 32, 32),
+    "audioldm2": (audioldm2_unet, {"channels": (128, 256, 384, 640), "slots": (None, 768, 1024)}, 64, 96),
+    "audioldm2-large": (
+        audioldm2_unet,
+        {"channels": (128, 256, 384, 640), "slots": (None, 768, 1024, None), "transformer_layers_per_block": 2},
+        192,
+        256,
+    ),
+}
+
+
+def published_unet(name: str) -> nn.Module:
+    """Of the published shapes, without weights."""
+    maker, settings, *_ = PUBLISHED[name]
+    with torch.device("meta"):
+        unet: nn.Module = maker(**settings, layers_per_block=2, norm_num_groups=32, attention_head_dim=8)
+    return unet
+
+
 def _load(tokenizer: Tokenizer, kind: Any, **config: Any) -> Any:
     """`tokenizer` as the class that the pipelines test for; both versions of transformers load it from a folder."""
     with tempfile.TemporaryDirectory() as folder:

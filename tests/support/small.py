@@ -75,12 +75,8 @@ BOTH = {"diffusers": small_unet, "authors": authors_unet}
 
 def attention(unet: nn.Module) -> dict[str, Any]:
     """The attention layers of diffusers and of the authors."""
-    kinds = (Attention,)
-    return {
-        name: module
-        for name, module in unet.named_modules()
-        if isinstance(module, kinds) or type(module).__name__ == "CrossAttention"
-    }
+    layers = {name: module for name, module in unet.named_modules() if isinstance(module, Attention)}
+    return layers | cross_attention(unet)
 
 
 def self_attention(unet: nn.Module) -> dict[str, Any]:
@@ -155,6 +151,17 @@ def assert_off(unet: Any, make: Make = small_unet) -> None:
     status = litefocus.status(unet)
     assert status.config is None
     assert {row.state for row in status.layers} == {"dense"}
+
+
+class Distributed(nn.Module):
+    """What DistributedDataParallel looks like."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
 
 
 def states(unet: Any) -> set[str]:
