@@ -294,7 +294,7 @@ class TiledDecoding(Handle):
         self._owner, self._tiles = owner, tiles
 
     def __repr__(self) -> str:
-        counts = any(current(module, "tiles") is self._tiles for module in self._in_place())
+        counts = any(current(module, "tiles") is self._tiles for module in self._alive())
         return (
             f"<{type(self).__name__} of {self._owner}: tiles of {self._tiles.seconds:g} s + {self._tiles.overlap:g} s "
             f"on either side, {'in force' if counts else 'not in force'}>"
