@@ -16,7 +16,7 @@ import pytest
 import scipy.linalg
 import soundfile
 import torch
-from generate import EMBEDDED, load_pipeline
+from _cli import EMBEDDED, load_pipeline
 from judge import load_embedder
 from mel import LogMel
 
@@ -310,7 +310,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, own: Path,
     def loaded(model: str, *_: Any) -> Any:
         return pipe if model == str(EMBEDDED) else load_pipeline(model, "cpu")
 
-    monkeypatch.setattr(compare.generate, "load_pipeline", loaded)
+    monkeypatch.setattr(compare._cli, "load_pipeline", loaded)
     monkeypatch.setattr(compare, "make", lambda *_: pytest.fail("work was begun"))
     before = sorted(own.rglob("*"))
     with pytest.raises(SystemExit) as stop:

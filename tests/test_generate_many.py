@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _cli
 import generate
 import generate_many
 import numpy as np
@@ -26,8 +27,8 @@ SETTINGS = ["--seconds", "0.64", "--steps", "2"]
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
-    args = generate.Parser(None).parse_args([])
-    generate.complete(args)
+    args = _cli.Parser(None).parse_args([])
+    _cli.complete(args)
     pipe, _ = generate.load(args)
     return pipe
 
@@ -160,6 +161,7 @@ def workers(launcher: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the worker to kill in /proc")
 def test_goes_on_after_a_kill_and_makes_what_one_process_makes(many: Callable[..., int], tmp_path: Path) -> None:
     names = ("tabla", "bell", "drone", "kick", "cowbell", "hat", "snare", "tom")

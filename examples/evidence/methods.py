@@ -1,19 +1,20 @@
-"""Other ways to run self-attention, to compare LiteFocus with, and how to put them on a pipeline and off again."""
+"""The ways to run self-attention that are measured: those of `compare.py`, the published code's, and a control."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from compare import NATIVE_FRAMES, Merged, Method, Peer, Tiles, flop_ratio, install, installed
 from torch import Tensor
 
 import litefocus
-from litefocus import LiteFocusConfig
+from litefocus import LiteFocusConfig, _grid
 
-NATIVE_FRAMES = 256  # latent frames of the length that the published checkpoints were trained on, 10.24 s
+__all__ = ["Merged", "Method", "Peer", "Published", "SelfOnly", "Tiles", "flop_ratio", "install", "running"]
+
 PUBLISHED_BINS, PUBLISHED_RATIO = 8, 0.1  # the level that the published code covers, and how many tokens it samples
 
 
@@ -40,34 +41,6 @@ def published(query: Tensor, key: Tensor, value: Tensor, sample: Tensor, freq_bi
     return (own @ values + cross @ value[:, :, None, sample]).transpose(2, 3).flatten(2, 3)
 
 
-class Peer:
-    """A processor that runs self-attention its own way: here not at all. Cross-attention stays with `original`.
-
-    Args:
-        original: the processor that it replaces.
-        freq_bins: frequency bins of the layer's grid.
-        native_frames: latent frames, at the UNet's input, of the length that the model was trained on.
-        input_bins: frequency bins of the UNet's input.
-    """
-
-    def __init__(self, original: Any, freq_bins: int, native_frames: int = NATIVE_FRAMES, input_bins: int = 16) -> None:
-        self.original, self.freq_bins = original, freq_bins
-        self.native = math.ceil(native_frames * freq_bins / input_bins)  # frames, at this layer's level
-
-    def __call__(self, attn: Any, x: Tensor, encoder_hidden_states: Tensor | None = None, **others: Any) -> Tensor:
-        if encoder_hidden_states is not None:
-            return self.original(attn, x, encoder_hidden_states, **others)
-        return self.own(attn, x)
-
-    def own(self, attn: Any, x: Tensor) -> Tensor:
-        """Self-attention over x (batch, tokens, channels)."""
-        return x
-
-    def kept(self, frames: int) -> float:
-        """Share of dense self-attention's arithmetic over a grid of `frames` frames."""
-        return 0.0
-
-
 class Published(Peer):
     """The published code's formula, on the levels that it covers."""
 
@@ -84,99 +57,34 @@ class Published(Peer):
         return 1 / self.freq_bins + PUBLISHED_RATIO if self.freq_bins == PUBLISHED_BINS else 1.0
 
 
-class Tiles(Peer):
-    """Dense attention in time tiles of native length, as HyperTile has it for images."""
+class SelfOnly(Peer):
+    """The control: every token attends to itself alone."""
 
     def own(self, attn: Any, x: Tensor) -> Tensor:
-        """Whole tiles side by side in the batch, then the rest."""
-        size = self.native * self.freq_bins
-        whole = x.shape[1] // size * size
-        parts = []
-        if whole:
-            tiles = x[:, :whole].reshape(-1, size, x.shape[2])
-            parts.append(self.original(attn, tiles).reshape(x.shape[0], whole, -1))
-        if whole < x.shape[1]:
-            parts.append(self.original(attn, x[:, whole:]))
-        return torch.cat(parts, dim=1)
-
-    def kept(self, frames: int) -> float:
-        """Whole tiles and the rest."""
-        return (frames // self.native * self.native**2 + (frames % self.native) ** 2) / frames**2
-
-
-class Merged(Peer):
-    """Half of the tokens merged before self-attention, by tomesd's own functions."""
-
-    def own(self, attn: Any, x: Tensor) -> Tensor:
-        """Matched anew in every layer, as tomesd does."""
-        from tomesd.merge import bipartite_soft_matching_random2d
-
-        tokens = x.shape[1]
-        draw = torch.Generator(x.device).manual_seed(0)
-        merge, unmerge = bipartite_soft_matching_random2d(
-            x, self.freq_bins, tokens // self.freq_bins, 2, 2, tokens // 2, generator=draw
-        )
-        return unmerge(self.original(attn, merge(x)))
-
-    def kept(self, frames: int) -> float:
-        """Half the queries, half the keys; the matching's own arithmetic is not counted."""
-        return 0.25
-
-
-Method = LiteFocusConfig | type[Peer] | None
-"""LiteFocus with these settings, a peer, or dense attention."""
-
-
-def install(pipe: Any, peer: type[Peer], native_frames: int = NATIVE_FRAMES) -> list[tuple[Any, Any]]:
-    """Put a peer on every self-attention layer of a pipeline, which has to be unpatched.
-
-    Args:
-        pipe: what `litefocus.patch` accepts without `freq_bins`: with VAE and vocoder, and a UNet of diffusers.
-        peer: its class.
-        native_frames: see `Peer`.
-
-    Returns:
-        (layer, the processor that was there) of every layer.
-    """
-    before = []
-    for row in litefocus.status(pipe).layers:
-        layer = pipe.unet.get_submodule(row.name)
-        before.append((layer, layer.processor))
-        layer.set_processor(peer(layer.processor, row.freq_bins or 0, native_frames))
-    return before
+        """Values go straight to the output projection."""
+        return attn.to_out[0](attn.to_v(x))
 
 
 @contextlib.contextmanager
-def installed(pipe: Any, method: Method, native_frames: int = NATIVE_FRAMES) -> Iterator[None]:
-    """A `with` block in which the pipeline runs `method`; afterwards it is as it was. Arguments as in `install`."""
-    if method is None:
-        yield
-    elif isinstance(method, LiteFocusConfig):
-        with litefocus.patch(pipe, method):
+def running(
+    pipe: Any, method: Method, native_frames: int = NATIVE_FRAMES, num_samples: int | None = None
+) -> Iterator[None]:
+    """`compare.installed`; `num_samples`: how many samples a layer has, of which every step takes one."""
+    if num_samples is None:
+        with installed(pipe, method, native_frames):
             yield
     else:
-        before = install(pipe, method, native_frames)
-        try:
+        with patched_with_samples(pipe, method, num_samples):
             yield
-        finally:
-            for layer, processor in before:
-                layer.set_processor(processor)
 
 
-def flop_ratio(pipe: Any, method: Method, seconds: float, native_frames: int = NATIVE_FRAMES) -> float:
-    """Dense arithmetic of a UNet step / the method's, for a clip of `seconds`: the most that a step can be faster."""
-    if isinstance(method, LiteFocusConfig):
-        with litefocus.patch(pipe, method):
-            flops = litefocus.status(pipe, seconds=seconds).flops
-        assert flops is not None
-        return flops.ratio
-    if method is None:
-        return 1.0
-    status = litefocus.status(pipe, seconds=seconds)
-    assert status.flops is not None
-    saved = 0.0
-    for row in status.layers:
-        frames, freq_bins = row.frames or 0, row.freq_bins or 0
-        dense = 4 * (frames * freq_bins) ** 2 * pipe.unet.get_submodule(row.name).to_q.out_features
-        saved += dense * (1 - method(None, freq_bins, native_frames).kept(frames))
-    return status.flops.dense / (status.flops.dense - saved)
+@contextlib.contextmanager
+def patched_with_samples(pipe: Any, config: LiteFocusConfig, num_samples: int) -> Iterator[None]:
+    """`litefocus.patch` with another number of samples, which is no option of it: one of the library's constants."""
+    usual = _grid.DRAWS
+    _grid.DRAWS = num_samples
+    try:
+        with litefocus.patch(pipe, config):
+            yield
+    finally:
+        _grid.DRAWS = usual
