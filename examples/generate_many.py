@@ -44,7 +44,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_lines(path: Path) -> list[Job]:
-    """ "prompt" and perhaps "seed" and "seconds" of every line. Raises ValueError for the first that cannot be used."""
+    """What every line asks for: a prompt, perhaps seed and seconds. Raises ValueError for the first bad line."""
     lines = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():

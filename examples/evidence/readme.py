@@ -1,7 +1,7 @@
-"""Write README's tables from `benchmark.json` and `evaluate.json`: no figure there is typed by hand.
+"""Write README's tables, and the pages speed.md and quality.md, from the JSON files: no figure there is typed by hand.
 
-python examples/readme.py           # after benchmark.py and evaluate.py with --output
-python examples/readme.py --check   # exit code 1 where README says something else
+python examples/evidence/readme.py           # after speed.py and quality.py with --output
+python examples/evidence/readme.py --check   # exit code 1 where one of them says something else
 """
 
 from __future__ import annotations
@@ -13,29 +13,38 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-from benchmark import METHODS as WAYS
-from benchmark import build, decoders
-from methods import flop_ratio
+from report import EXAMPLES, HERE, Row, interruptible, read, row_of, table
 
-from litefocus._decoding import Tiles, decoding_bytes
 
-HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where a page is another")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse()  # `--help` and mistakes are answered before the imports below, which take seconds
+
+with interruptible():
+    import quality
+    import speed
+    import torch
+    from diffusers import AutoencoderKL
+    from methods import flop_ratio
+    from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
+
+    from litefocus import _decoding
+
+README = EXAMPLES.parent / "README.md"
 MARKED = re.compile(r"(<!-- (figures|memory) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 METHODS = ("dense", "litefocus", "paper", "time tiles", "token merging")
 TIMED, SECONDS = "audioldm2", (10.0, 80.0, 600.0)
 JUDGED, LENGTHS = "seed 1", {1: "5 s", 8: "41 s"}  # of a model whose native length is 5.12 s
-
-
-def row_of(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any] | None:
-    """The row with these values."""
-    return next((row for row in rows if all(row[name] == value for name, value in wanted.items())), None)
 
 
 def seconds(value: float) -> str:
@@ -54,15 +63,15 @@ def difference(cell: dict[str, float], digits: int) -> str:
 def timed_model() -> Any:
     """Its shapes alone."""
     with torch.device("meta"):
-        return build(TIMED, SimpleNamespace(device="meta", dtype="float32"))
+        return speed.build(TIMED, SimpleNamespace(device="meta", dtype="float32"))
 
 
-def cells(method: str, times: list[dict[str, Any]], sounds: list[dict[str, Any]]) -> Iterator[str]:
+def cells(method: str, times: list[Row], sounds: list[Row]) -> Iterator[str]:
     """One line of the table."""
     for length in SECONDS:
         row = row_of(times, model=TIMED, method=method, seconds=length, device="cpu", dtype="float32")
         if row is None:
-            yield f"{flop_ratio(timed_model(), WAYS[method], length):.2f}x \\*"
+            yield f"{flop_ratio(timed_model(), speed.WAYS[method], length):.2f}x \\*"
         else:
             yield seconds(row["median"]) if method == "dense" else f"{row['ratio']:.2f}x"
     for metric, digits in (("frechet", 2), ("drift", 3)):
@@ -76,7 +85,7 @@ def cells(method: str, times: list[dict[str, Any]], sounds: list[dict[str, Any]]
                 yield difference(row[metric], digits)
 
 
-def worse(method: str, counts: list[dict[str, Any]]) -> str:
+def worse(method: str, counts: list[Row]) -> str:
     """In how many comparisons, of all UNets and lengths."""
     found = [count for count in counts if count["method"] == method]
     return f"{method} in {sum(c['worse_2'] for c in found)} of {sum(c['cells'] for c in found)}"
@@ -84,16 +93,14 @@ def worse(method: str, counts: list[dict[str, Any]]) -> str:
 
 def figures() -> str:
     """What stands between the marks: table, where its figures come from, picture."""
-    times = json.loads((HERE / "benchmark.json").read_text())["rows"]
-    evaluation = json.loads((HERE / "evaluate.json").read_text())
+    times = read(HERE / "speed.json", "rows")["rows"]
+    evaluation = json.loads((HERE / "quality.json").read_text())
     sounds = evaluation["rows"]
     long = LENGTHS[max(LENGTHS)]
     header = ["", *(f"step, {length:g} s" for length in SECONDS)]
     header += [*(f"Fréchet, {name}" for name in LENGTHS.values()), f"drift, {long}"]
-    lines = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header))]
-    for method in METHODS:
-        name = f"**{method}**" if method == "litefocus" else method
-        lines.append(f"| {name} | " + " | ".join(cells(method, times, sounds)) + " |")
+    names = {method: f"**{method}**" if method == "litefocus" else method for method in METHODS}
+    rows = [[name, *cells(method, times, sounds)] for method, name in names.items()]
     timed = row_of(times, model=TIMED, method="litefocus", seconds=max(SECONDS)) or times[0]
     judged = row_of(sounds, model=JUDGED, method="litefocus", times=max(LENGTHS)) or sounds[0]
     clips = {length: row_of(sounds, model=JUDGED, method="dense", times=length) for length in LENGTHS}
@@ -108,12 +115,37 @@ def figures() -> str:
         "5 s native length, "
         f"{counted}. On {models} trained UNets, by seven measures at 1x to {longest}x their native length, worse "
         f"than dense by over two standard errors: {', '.join(judgements)} (2.3 % by chance alone). By "
-        f"`examples/benchmark.py` and `examples/evaluate.py`, {date}; all figures: "
-        "[BENCHMARK.md](examples/BENCHMARK.md), [EVALUATION.md](examples/EVALUATION.md)."
+        f"`speed.py` and `quality.py` in `examples/evidence`, {date}; all figures: "
+        "[speed.md](examples/evidence/speed.md), [quality.md](examples/evidence/quality.md)."
     )
-    picture = "![error of attention against cost, all settings and peers](examples/evaluate_cost.png)"
-    lines += ["", *textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False), "", picture]
-    return "\n".join(lines) + "\n"
+    picture = "![error of attention against cost, all settings and peers](examples/evidence/quality_cost.png)"
+    lines = ["", *textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False), "", picture]
+    return table(header, rows) + "\n".join(lines) + "\n"
+
+
+def decoders() -> Any:
+    """VAE and vocoder of AudioLDM 2 at their published widths, in half precision; their shapes alone."""
+    config = SpeechT5HifiGanConfig(
+        model_in_dim=64,
+        upsample_initial_channel=1024,
+        upsample_rates=(5, 4, 2, 2, 2),
+        upsample_kernel_sizes=(16, 16, 8, 4, 4),
+    )
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(128, 256, 512),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            latent_channels=8,
+        )
+        return SimpleNamespace(vae=vae.half(), vocoder=SpeechT5HifiGan(config).half())
+
+
+def decoding(pipe: Any, length: float, tiled: bool) -> float | None:
+    """Bytes of decoding a clip, as the library estimates them for `status`."""
+    return _decoding.decoding_bytes(pipe, length, _decoding.Tiles(10.24, 0.64) if tiled else None)
 
 
 def gibibytes(size: float) -> str:
@@ -123,36 +155,40 @@ def gibibytes(size: float) -> str:
 
 def memory() -> str:
     """What a clip needs beside the weights, by its length."""
-    times = json.loads((HERE / "benchmark.json").read_text())["rows"]
-    with torch.device("meta"):
-        vae, vocoder = decoders()
-    pipe = SimpleNamespace(vae=vae.half(), vocoder=vocoder.half())
+    times = read(HERE / "speed.json", "rows")["rows"]
+    pipe = decoders()
     steps = [row_of(times, model=TIMED, method="litefocus", seconds=length, dtype="float32") for length in SECONDS]
     rows = {
         "a UNet step, patched": [None if row is None else row["peak_mb"] / 2 * 1e6 for row in steps],
-        "decoding, whole": [decoding_bytes(pipe, length) for length in SECONDS],
-        "decoding, `tile_decoding`": [decoding_bytes(pipe, length, Tiles(10.24, 0.64)) for length in SECONDS],
+        "decoding, whole": [decoding(pipe, length, tiled=False) for length in SECONDS],
+        "decoding, `tile_decoding`": [decoding(pipe, length, tiled=True) for length in SECONDS],
     }
-    lines = ["| float16, beside the weights | " + " | ".join(f"{length:g} s" for length in SECONDS) + " |"]
-    lines.append("| --- |" + " --- |" * len(SECONDS))
-    for name, sizes in rows.items():
-        cells = ["not measured" if size is None else gibibytes(size) for size in sizes]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    cells = [
+        [name, *("not measured" if size is None else gibibytes(size) for size in sizes)] for name, sizes in rows.items()
+    ]
+    return table(["float16, beside the weights", *(f"{length:g} s" for length in SECONDS)], cells)
+
+
+def pages() -> dict[Any, str]:
+    """Every file that is written, and its text."""
+    parts = {"figures": figures, "memory": memory}
+    evaluation = json.loads((HERE / "quality.json").read_text())
+    return {
+        README: MARKED.sub(lambda found: found[1] + parts[found[2]]() + found[3], README.read_text()),
+        HERE / "speed.md": speed.page(read(HERE / "speed.json", "rows", "checks"), "speed.png"),
+        HERE / "quality.md": quality.page(evaluation, "quality"),
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where README is another")
-    args = parser.parse_args(argv)
-    old = README.read_text()
-    parts = {"figures": figures, "memory": memory}
-    new = MARKED.sub(lambda found: found[1] + parts[found[2]]() + found[3], old)
-    if args.check:
-        sys.exit("README's figures are not those of the JSON files: python examples/readme.py" if new != old else 0)
-    README.write_text(new)
+    """Write, or check."""
+    args = parse(argv)
+    for file, text in pages().items():
+        if args.check and file.read_text() != text:
+            sys.exit(f"{file.name} does not say what the JSON files say: python examples/evidence/readme.py")
+        file.write_text(text)
 
 
 if __name__ == "__main__":
-    main()
+    with interruptible():
+        main()
