@@ -60,35 +60,6 @@ def log_axis(axes: Any, which: str, ticks: Iterable[float]) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def label_ends(axes: Any, ends: Mapping[str, tuple[float, float]], colours: Mapping[str, str], size: float = 9) -> None:
-    """The name of every line to the right of its last point (x, y), moved up or down where names would overlap."""
-    axes.figure.draw_without_rendering()  # so that the panel has its height
-    points = 72 / axes.figure.dpi
-    places = {name: axes.transData.transform(end)[1] * points for name, end in ends.items()}
-    gap = 1.3 * size
-    order = sorted(places, key=lambda name: places[name])
-    placed = [places[name] for name in order]
-    for _ in range(200):  # push neighbours apart until all have room
-        moved = False
-        for i in range(len(placed) - 1):
-            overlap = gap - (placed[i + 1] - placed[i])
-            if overlap > 0.01:
-                placed[i], placed[i + 1], moved = placed[i] - overlap / 2, placed[i + 1] + overlap / 2, True
-        if not moved:
-            break
-    for name, place in zip(order, placed, strict=True):
-        axes.annotate(
-            name,
-            ends[name],
-            xytext=(8, place - places[name]),
-            textcoords="offset points",
-            va="center",
-            color=colours[name],
-            fontsize=size,
-            annotation_clip=False,
-        )
-
-
 def label_points(
     axes: Any,
     points: Mapping[str, tuple[float, float]],

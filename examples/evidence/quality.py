@@ -37,8 +37,6 @@ METHODS = (
     "dense",
     "litefocus",
     "litefocus, one sample",
-    "window",
-    "window, none far",
     "shared sample",
     "paper",
     "time tiles",
@@ -134,8 +132,6 @@ WAYS: dict[str, Method] = {
     "dense": Method(),
     "litefocus": Method(DEFAULT),
     "litefocus, one sample": Method(DEFAULT, samples=1),
-    "window": Method(LiteFocusConfig(time_window=NATIVE, sparse_ratio=0.2)),
-    "window, none far": Method(LiteFocusConfig(time_window=NATIVE, sparse_ratio=0.2, far_sampled=0)),
     "shared sample": Method(LiteFocusConfig(same_frequency=False, time_window=None)),
     "paper": Method(LiteFocusConfig.paper()),
     "time tiles": Method(Tiles),
@@ -787,29 +783,6 @@ LABELLED = {  # points with a name, of the screen's settings
     "token merging": "token merging",
 }
 
-PICTURED = "drone"  # a tone that lasts, so that a mel axis shows it
-
-
-def plot_spectrograms(mels: dict[str, Tensor], times: int, path: Path, args: argparse.Namespace) -> None:
-    """One clip on a mel axis: dense, LiteFocus, and how far it and the paper's method are from dense."""
-    labels = labels_of(len(mels["dense"]))
-    clip = next(i for i, (sound, _) in enumerate(labels) if sound == PICTURED)
-    dense = mels["dense"][clip]
-    shown = {name: mels[name][clip] for name in ("dense", "litefocus")}
-    shown |= {f"{name} - dense": mels[name][clip] - dense for name in ("litefocus", "paper") if name in mels}
-    figure, every = panels(1, len(shown), width=11, height=2.4)
-    for axes, (title, values) in zip(every, shown.items(), strict=True):
-        difference = title not in mels
-        scale = {"cmap": "PuOr", "vmin": -3, "vmax": 3} if difference else {"cmap": "cividis", "vmin": -11, "vmax": 1}
-        extent = (0, times * CLIP_SECONDS, 0, values.shape[1])
-        picture = axes.imshow(values.T.numpy(), origin="lower", aspect="auto", extent=extent, **scale)
-        figure.colorbar(picture, ax=axes, label="nats")
-        axes.set(title=title, ylabel="mel bin")
-        axes.grid(visible=False)
-    every[-1].set_xlabel("time (s)")
-    figure.suptitle(f"“{texts_of(args.seed)[labels[clip]].strip()}”, {args.steps} steps")
-    save(figure, path)
-
 
 def main(argv: list[str] | None = None) -> None:
     """Generate what is missing, listen, print."""
@@ -842,9 +815,6 @@ def main(argv: list[str] | None = None) -> None:
         every += rows
         if args.output:
             add("rows", rows, args)
-            longest = max(length for length in args.lengths if length <= max(4, args.lengths[0]))
-            if {"dense", "litefocus"} <= mels.keys() and times == longest:
-                plot_spectrograms(mels, times, args.output.with_name(f"{args.output.name}_spectrograms.png"), args)
     print(counts_table(count_cells(every)))
 
 

@@ -79,7 +79,7 @@ with interruptible():
     import torch.nn.functional as F
     from diffusers import AudioLDM2UNet2DConditionModel, UNet2DConditionModel
     from methods import Merged, Method, Peer, Published, Tiles, flop_ratio, install, published
-    from plots import label_ends, log_axis, panels, save, styles
+    from plots import label_points, log_axis, panels, save, styles
     from torch import Tensor, nn
     from torch.utils._python_dispatch import TorchDispatchMode
     from tqdm import tqdm
@@ -538,7 +538,7 @@ def plot(rows: list[Row], path: Path) -> bool:
         axes.set_ylabel(f"{clock} for every second of audio (s)")
         if any(row["summed"] for row in shown):
             axes.text(0.02, 0.97, "hollow: summed up from layers", transform=axes.transAxes, va="top", fontsize=9)
-        label_ends(axes, ends, {method: colour for method, (colour, _) in style.items()})
+        label_points(axes, ends, {method: colour for method, (colour, _) in style.items()})
     save(figure, path)
     return True
 
