@@ -421,25 +421,19 @@ def compare(
 
 def show(rows: list[Row]) -> str:
     """The table of one length."""
-    columns: dict[str, Callable[[Row], str]] = {
-        "method": lambda row: row["method"],
-        "time": lambda row: f"{row['median']:.3g} s",
-        "speed-up": lambda row: f"{row['ratio']:.2f}x",
-        "at most": lambda row: f"{row['flop_ratio']:.2f}x",
-        "latents": lambda row: f"{row['distance']:.3f}",
-        "of other noise": lambda row: f"{row['distance'] / rows[-1]['distance']:.0%}",
-        "attention": lambda row: f"{row['attention']:.3f}",
-        "worst layer": lambda row: f"{row['worst']:.3f}",
-        **({"Fréchet": lambda row: f"{row['frechet']:.4g}"} if "frechet" in rows[0] else {}),
+    columns = {  # header: what of a row, and how
+        "method": ("method", "{}"),
+        "time": ("median", "{:.3g} s"),
+        "speed-up": ("ratio", "{:.2f}x"),
+        "at most": ("flop_ratio", "{:.2f}x"),
+        "latents": ("distance", "{:.3f}"),
+        "of other noise": ("of_noise", "{:.0%}"),
+        "attention": ("attention", "{:.3f}"),
+        "worst layer": ("worst", "{:.3f}"),
+        **({"Fréchet": ("frechet", "{:.4g}")} if "frechet" in rows[0] else {}),
     }
-
-    def cell(row: Row, text: Callable[[Row], str]) -> str:
-        try:
-            return text(row)
-        except KeyError:  # not measured
-            return ""
-
-    cells = [[cell(row, text) for text in columns.values()] for row in rows]
+    rows = [{**row, "of_noise": row["distance"] / rows[-1]["distance"]} for row in rows]
+    cells = [[form.format(row[name]) if name in row else "" for name, form in columns.values()] for row in rows]
     notes = [f"Note: {note}.\n" for note in rows[0].get("notes", [])]
     return f"{rows[0]['seconds']:g} s\n\n{_cli.table(columns, cells)}{''.join(notes)}"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from compare import NATIVE_FRAMES, Merged, Method, Peer, Tiles, flop_ratio, install, installed
+from compare import Merged, Method, Peer, Tiles, flop_ratio, install, installed
 from torch import Tensor
 
 import litefocus
@@ -65,17 +65,13 @@ class SelfOnly(Peer):
         return attn.to_out[0](attn.to_v(x))
 
 
-@contextlib.contextmanager
 def running(
-    pipe: Any, method: Method, native_frames: int = NATIVE_FRAMES, num_samples: int | None = None
-) -> Iterator[None]:
-    """`compare.installed`; `num_samples`: how many samples a layer has, of which every step takes one."""
+    pipe: Any, method: Method, native_frames: int, num_samples: int | None = None
+) -> contextlib.AbstractContextManager[None]:
+    """`compare.installed`; `num_samples`: how many samples a patched layer has, of which every step takes one."""
     if num_samples is None:
-        with installed(pipe, method, native_frames):
-            yield
-    else:
-        with patched_with_samples(pipe, method, num_samples):
-            yield
+        return installed(pipe, method, native_frames)
+    return patched_with_samples(pipe, method, num_samples)
 
 
 @contextlib.contextmanager

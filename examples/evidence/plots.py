@@ -12,15 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 # Okabe and Ito 2008; their yellow is left out, as letters in it cannot be read on white
-BLACK, BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = (
-    "#000000",
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-)
+BLACK, BLUE, VERMILLION, GREEN = "#000000", "#0072B2", "#D55E00", "#009E73"
+PURPLE, ORANGE, SKY = "#CC79A7", "#E69F00", "#56B4E9"
 OTHERS = (ORANGE, SKY, "#7F7F7F")
 MARKERS = "Xv<>ph8"
 STYLES = {  # the same in every plot

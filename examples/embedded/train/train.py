@@ -396,8 +396,9 @@ def export(args: argparse.Namespace) -> None:
     vocoder.load_state_dict(averaged("vocoder"))
     unet.load_state_dict(averaged(args.name))
     folder = args.output
+    pipe = new_pipeline(vae, vocoder, unet).to(torch.float16)  # before the folder that its layout comes from is removed
     shutil.rmtree(folder, ignore_errors=True)
-    new_pipeline(vae, vocoder, unet).to(torch.float16).save_pretrained(folder)
+    pipe.save_pretrained(folder)
     for file in folder.glob("*/config.json"):  # fp16 on disk, float32 in memory unless asked otherwise
         config = json.loads(file.read_text())
         for key in ("dtype", "torch_dtype"):
