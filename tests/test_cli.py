@@ -108,14 +108,16 @@ def test_ctrl_c_is_one_line(script: str, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.wav*"))
 
 
-PROGRAMS = [
-    path.relative_to(EXAMPLES)
-    for path in sorted(EXAMPLES.rglob("*.py"))
-    if "ArgumentParser" in path.read_text() or "_cli.Parser" in path.read_text()
-]
+SOURCES = {path.relative_to(EXAMPLES): path.read_text() for path in sorted(EXAMPLES.rglob("*.py"))}
+PROGRAMS = [str(path) for path, text in SOURCES.items() if 'if __name__ == "__main__":\n    parse()' in text]
 
 
-@pytest.mark.parametrize("script", [str(path) for path in PROGRAMS if path.name != "_cli.py"])
+def test_every_program_is_found() -> None:
+    assert len(PROGRAMS) == 10
+    assert all(name in PROGRAMS for name in ("generate.py", "app.py", "evidence/readme.py", "embedded/train/train.py"))
+
+
+@pytest.mark.parametrize("script", PROGRAMS)
 def test_help_and_mistakes_are_answered_before_torch_is_imported(script: str, tmp_path: Path) -> None:
     """An import of torch would take seconds: here there is none to be found."""
     for name in ("torch", "diffusers", "transformers", "gradio", "accelerate"):

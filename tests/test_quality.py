@@ -1,21 +1,22 @@
-"""The evaluation: its methods, its measures, and a small run of all of it on made-up recordings."""
+"""examples/evidence/quality.py: its methods, its measures, and a small run of all of it on made-up recordings."""
 
 import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
-import evaluate
 import numpy as np
 import pytest
+import quality
 import scipy.linalg
 import soundfile
 import torch
 from data import CLASS_NAMES, CLASSES, TEMPO_NAMES
 from diffusers import AudioLDM2Pipeline
-from evaluate import (
+from quality import (
     METHODS,
     METRICS,
+    WAYS,
     Heard,
     Layers,
     Method,
@@ -25,7 +26,6 @@ from evaluate import (
     labels_of,
     listen,
     measures,
-    verdict,
 )
 from torch import Tensor
 
@@ -64,7 +64,7 @@ def step(pipe: AudioLDM2Pipeline, frames: int) -> Tensor:
 def test_every_method_changes_the_unet_and_is_taken_off_again(pipe) -> None:
     dense = {frames: step(pipe, frames) for frames in (128, 512)}
     seen = {}
-    for name, method in METHODS.items():
+    for name, method in WAYS.items():
         with method.on(pipe):
             found = {frames: step(pipe, frames) for frames in (128, 512)}
         assert torch.equal(step(pipe, 128), dense[128]), name
@@ -72,7 +72,7 @@ def test_every_method_changes_the_unet_and_is_taken_off_again(pipe) -> None:
         close = torch.allclose(found[128], dense[128], atol=1e-4)
         assert close == (name in ("dense", "time tiles")), name
         seen[name] = found[512]
-    assert len({evaluate.digest(output) for output in seen.values()}) == len(METHODS) - 1
+    assert len({quality.digest(output) for output in seen.values()}) == len(METHODS) - 1
     assert torch.equal(seen["litefocus"], seen["litefocus, one sample"])  # the step at 500 takes the first of four
 
 
@@ -81,16 +81,16 @@ def test_the_fingerprint_tells_methods_apart(pipe) -> None:
 
     def of(method: Method) -> str:
         with method.on(pipe):
-            return evaluate.fingerprint(pipe, 1)
+            return quality.fingerprint(pipe, 1)
 
-    found = {name: of(method) for name, method in METHODS.items()}
+    found = {name: of(method) for name, method in WAYS.items()}
     assert found["time tiles"] == found["dense"]
-    assert found["window"] == found["window, none far"] == found["litefocus"]
-    assert len(set(found.values())) == len(METHODS) - 3
-    draws = [of(Method(LiteFocusConfig(), draws)) for draws in (1, 4, 8)]
-    assert draws[0] == found["litefocus, one sample"]
-    assert draws[1] == found["litefocus"]
-    assert len(set(draws)) == 3
+    assert of(Method(LiteFocusConfig(time_window=128, sparse_ratio=0.2))) == found["litefocus"]
+    assert len(set(found.values())) == len(METHODS) - 1
+    by_samples = [of(Method(LiteFocusConfig(), samples)) for samples in (1, 4, 8)]
+    assert by_samples[0] == found["litefocus, one sample"]
+    assert by_samples[1] == found["litefocus"]
+    assert len(set(by_samples)) == 3
 
 
 def test_self_only_is_attention_over_one_token(pipe) -> None:
@@ -98,7 +98,7 @@ def test_self_only_is_attention_over_one_token(pipe) -> None:
     name, attn = next((n, m) for n, m in pipe.unet.named_modules() if n.endswith("attn1"))
     x = torch.randn(1, 5, attn.to_q.in_features)
     alone = torch.cat([attn(x[:, i : i + 1]) for i in range(5)], dim=1)
-    with METHODS["self only"].on(pipe):
+    with WAYS["self only"].on(pipe):
         torch.testing.assert_close(dict(pipe.unet.named_modules())[name](x), alone)
 
 
@@ -172,9 +172,9 @@ def test_differences_are_paired() -> None:
     assert cell["diff"] == pytest.approx(0.25)
     assert cell["diff_se"] == pytest.approx(0, abs=1e-9)
     assert "diff" not in table["real"]["class"]
-    assert verdict({"diff": 0.31, "diff_se": 0.1}, True) == "+"
-    assert verdict({"diff": 0.31, "diff_se": 0.1}, False) == "-"
-    assert verdict({"diff": -0.29, "diff_se": 0.1}, True) == " "
+    assert quality.cell_text({"value": 1, "diff": 0.31, "diff_se": 0.1}) == "1.000 (**+0.310 ± 0.100**)"
+    assert quality.cell_text({"value": 1, "diff": -0.29, "diff_se": 0.1}) == "1.000 (*-0.290 ± 0.100*)"
+    assert quality.cell_text({"value": 1, "diff": 0.19, "diff_se": 0.1}) == "1.000 (+0.190 ± 0.100)"
 
 
 def test_cells_are_counted_by_side_and_size() -> None:
@@ -195,39 +195,39 @@ def test_cells_are_counted_by_side_and_size() -> None:
 
 
 def test_the_screen_measures_errors_costs_and_distances(pipe) -> None:
-    args = evaluate.parse(["--samples", "", "--steps", "2", "--screen"])
-    inputs = evaluate.layer_inputs(pipe, 2, args)
+    args = quality.parse(["--samples", "", "--steps", "2", "--screen"])
+    inputs = quality.layer_inputs(pipe, 2, args)
     layers = Layers(pipe, 2, inputs)
     assert len(inputs) == sum("attn1" in name for name in inputs) + sum("attn2" in name for name in inputs)
     name, x = next(iter(inputs.items()))
     assert x.shape == (8, 128 * 8, pipe.unet.get_submodule(name).to_q.in_features)  # 2 clips, guidance, 2 steps
     assert set(layers.errors(Method()).values()) == {0.0}
     assert layers.cost(Method()) == 1
-    assert layers.cost(METHODS["token merging"]) == 0.25
-    assert layers.cost(METHODS["time tiles"]) == 0.5
-    alone = layers.errors(METHODS["self only"])[name]
+    assert layers.cost(WAYS["token merging"]) == 0.25
+    assert layers.cost(WAYS["time tiles"]) == 0.5
+    alone = layers.errors(WAYS["self only"])[name]
     with torch.no_grad():
         value = pipe.unet.get_submodule(name).to_v(x)
     assert alone == pytest.approx(float((value - layers.dense[name]).norm() / layers.dense[name].norm()), rel=1e-5)
-    errors = [np.mean(list(layers.errors(METHODS[how]).values())) for how in ("litefocus", "paper")]
+    errors = [np.mean(list(layers.errors(WAYS[how]).values())) for how in ("litefocus", "paper")]
     assert 0 < errors[0] < errors[1] < 1
 
     latents = torch.randn(3, 8, 128, 16)
-    apart = evaluate.distances(latents + 0.1, latents, latents - 0.2)
+    apart = quality.distances(latents + 0.1, latents, latents - 0.2)
     assert apart == pytest.approx([0.5] * 3, rel=1e-4)
 
 
 def test_what_is_recorded_replaces_what_was(tmp_path) -> None:
-    args = evaluate.parse(["--samples", "", "--screen", "--output", str(tmp_path / "e")])
+    args = quality.parse(["--samples", "", "--screen", "--output", str(tmp_path / "e")])
     row = {"model": "seed 1", "family": "peers", "setting": "paper", "times": 4, "clips": 8, "cost": 0.25}
     row |= {"attention": 0.3, "worst": 0.5, "worst_layer": "a", "layers": {"a": 0.5, "b": 0.1}}
     row |= {"latents": 0.2, "latents_se": 0.01}
-    evaluate.record("screen", [row, {**row, "times": 8}], args)
-    evaluate.record("screen", [{**row, "latents": 0.1}], args)
+    quality.add("screen", [row, {**row, "times": 8}], args)
+    quality.add("screen", [{**row, "latents": 0.1}], args)
     rows = json.loads((tmp_path / "e.json").read_text())["screen"]
     assert {(row["times"], row["latents"]) for row in rows} == {(4, 0.1), (8, 0.2)}
     assert f"torch {torch.__version__}" in rows[0]["measured"]
-    report = (tmp_path / "EVALUATION.md").read_text()
+    report = (tmp_path / "e.md").read_text()
     assert "| paper | 25.0% | 0.300 (0.500) | 0.100 ± 0.010 | 25.0% | 0.300 (0.500) | 0.200 ± 0.010 |" in report
     assert (tmp_path / "e_cost.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "e.png").exists()
@@ -267,22 +267,20 @@ def test_the_whole_evaluation_runs_and_goes_on_where_it_stopped(tmp_path, monkey
         "--output",
         str(tmp_path / "e"),
     ]
-    monkeypatch.setattr(evaluate, "RESAMPLES", 20)
-    evaluate.main([*common, "--wavs"])
+    monkeypatch.setattr(quality, "RESAMPLES", 20)
+    quality.main(common)
     printed = capsys.readouterr().out
     assert "1x: 12 clips, 12 windows" in printed
     rows = json.loads((tmp_path / "e.json").read_text())["rows"]
-    assert "cells worse than dense" in printed
+    assert "worse by over 2" in printed
     methods = {"dense", "litefocus", "self only", "real"}
     assert {row["method"] for row in rows} == methods
     assert (tmp_path / "e.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "e_spectrograms.png").read_bytes().startswith(b"\x89PNG")
-    report = (tmp_path / "EVALUATION.md").read_text()
+    report = (tmp_path / "e.md").read_text()
     found = {row["method"]: row for row in rows}
-    assert f"| self only | {evaluate.cell_text(found['self only']['frechet'])} |" in report
+    assert f"| self only | {quality.cell_text(found['self only']['frechet'])} |" in report
     assert "### seed 1, 5.12 s (1x), 12 clips" in report
     assert json.loads((tmp_path / "e.json").read_text())["counts"] == count_cells(rows)
-    assert len(list((work / "wavs" / "litefocus").glob("*.wav"))) == 12
 
     files = {path: path.stat().st_mtime_ns for path in work.glob("*.pt")}
     assert len(files) == 5  # three methods, real scenes, the reference
@@ -291,9 +289,9 @@ def test_the_whole_evaluation_runs_and_goes_on_where_it_stopped(tmp_path, monkey
         raise AssertionError("this was generated before")
 
     monkeypatch.setattr(AudioLDM2Pipeline, "__call__", no_more)
-    evaluate.main(common)
+    quality.main(common)
     assert capsys.readouterr().out == printed
     assert {path: path.stat().st_mtime_ns for path in work.glob("*.pt")} == files
     assert len(json.loads((tmp_path / "e.json").read_text())["rows"]) == len(rows)
     with pytest.raises(AssertionError, match="generated before"):  # another number of steps is another clip
-        evaluate.main([*common, "--steps", "2"])
+        quality.main([*common, "--steps", "2"])
