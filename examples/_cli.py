@@ -91,18 +91,13 @@ class Parser(argparse.ArgumentParser):
         add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
         add("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on a CPU")
         add("--offload", action="store_true", help="keep on the GPU only the model that is at work")
-        add(
-            "--tile-decoding",
-            action=argparse.BooleanOptionalAction,
-            default=True,
-            help="VAE and vocoder in tiles of time, in the memory of one (default: %(default)s)",
-        )
+        tiles = "VAE and vocoder in tiles of time, in the memory of one (default: %(default)s)"
+        add("--tile-decoding", action=argparse.BooleanOptionalAction, default=True, help=tiles)
         self.sound = sound
         if sound:
             add("--output", type=Path, default=sound, help="wav, flac or mp3 to write (default: %(default)s)")
-        attention = self.add_argument_group(
-            "attention", "fields of litefocus.LiteFocusConfig; the defaults fit any length"
-        )
+        about = "fields of litefocus.LiteFocusConfig; the defaults fit any length"
+        attention = self.add_argument_group("attention", about)
         self.config_class = config_class()
         for name, option in config_options(self.config_class).items():
             attention.add_argument(name, **option)

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -353,9 +354,7 @@ def measures(heard: Heard, labels: list[tuple[str, str]], reference: Reference) 
     return of
 
 
-def compare(
-    methods: dict[str, Callable[[Any], dict[str, float]]], count: int
-) -> dict[str, dict[str, dict[str, float]]]:
+def compare(methods: dict[str, Callable[[Any], dict[str, float]]], count: int) -> dict[str, Row]:
     """{method: {metric: value, its standard error, difference to dense, its standard error}}, by bootstrap over clips.
 
     The same clips are drawn for all methods, which share prompts and noise: differences are paired.
@@ -365,18 +364,15 @@ def compare(
     resampled = {name: [of(draw) for draw in draws] for name, of in methods.items()}
     everything = np.arange(count)
     values = {name: of(everything) for name, of in methods.items()}
-    table: dict[str, dict[str, dict[str, float]]] = {}
-    for name in methods:
-        table[name] = {}
-        for metric in METRICS:
-            drawn = np.array([of[metric] for of in resampled[name]])
-            cell = {"value": values[name][metric], "se": float(drawn.std(ddof=1))}
-            if "dense" in methods and not name.startswith("real"):
-                base = np.array([of[metric] for of in resampled["dense"]])
-                cell["diff"] = values[name][metric] - values["dense"][metric]
-                cell["diff_se"] = float((drawn - base).std(ddof=1))
-            table[name][metric] = cell
-    return table
+    cells: dict[str, Row] = {name: {} for name in methods}
+    for name, metric in itertools.product(methods, METRICS):
+        drawn = np.array([of[metric] for of in resampled[name]])
+        cells[name][metric] = {"value": values[name][metric], "se": float(drawn.std(ddof=1))}
+        if "dense" in methods and name != "real":
+            base = np.array([of[metric] for of in resampled["dense"]])
+            cells[name][metric]["diff"] = values[name][metric] - values["dense"][metric]
+            cells[name][metric]["diff_se"] = float((drawn - base).std(ddof=1))
+    return cells
 
 
 # ------------------------------------------------------------------------------------------------------ screen
@@ -725,6 +721,12 @@ FAMILIES = {  # colour and marker of the screen's families
 }
 
 
+MEASURES = {
+    "latents": "distance of final latents to dense\n(1: dense from other noise)",
+    "attention": "relative error of the attention output",
+}
+
+
 def plot_cost(rows: list[Row], path: Path) -> None:
     """The screen: how far from dense, against cost, with the Pareto front, a panel for every length.
 
@@ -760,11 +762,7 @@ def plot_cost(rows: list[Row], path: Path) -> None:
         log_axis(axes, "y", (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0))
         axes.set(xlim=(0.05, 1.05), xlabel="share of dense self-attention's arithmetic")
         axes.set_title(f"{times * CLIP_SECONDS:g} s ({times}x)")
-        axes.set_ylabel(
-            "distance of final latents to dense\n(1: dense from other noise)"
-            if measure == "latents"
-            else "relative error of the attention output"
-        )
+        axes.set_ylabel(MEASURES[measure])
         label_points(axes, points, colours, others=drawn)
     marks = [Line2D([], [], color=c, marker=m, linestyle="none", label=name) for name, (c, m) in FAMILIES.items()]
     marks.append(Line2D([], [], color="0.6", label="Pareto front"))
@@ -808,9 +806,8 @@ def main(argv: list[str] | None = None) -> None:
         heard = {name: listen(of) for name, of in mels.items()}
         heard["real"] = listen(real(pipe, clips, times, 880_002, args))
         cells = compare({name: measures(of, labels, reference) for name, of in heard.items()}, clips)
-        rows = [
-            {"model": args.label, "method": name, "times": times, "clips": clips, **of} for name, of in cells.items()
-        ]
+        about = {"times": times, "clips": clips}
+        rows = [{"model": args.label, "method": name, **about, **of} for name, of in cells.items()]
         print(f"{times}x: {clips} clips, {clips * times} windows\n\n{sound_table(rows)}", flush=True)
         every += rows
         if args.output:

@@ -507,7 +507,8 @@ def page(record: dict[str, list[Row]], picture: str) -> str:
 def plot(rows: list[Row], path: Path) -> bool:
     """Time of a step for every second of audio against the clip's length; False where there are no lines to see.
 
-    A panel for every model that was measured at three lengths or more. Flat is linear time.
+    A panel for every model that was measured at three lengths or more, a line for every method that was at two. Flat is
+    linear time.
     """
     rows = [row for row in rows if row["model"] in MODELS and row["method"] in METHODS]
     rows = sorted((row for row in rows if row["dtype"] == rows[0]["dtype"]), key=lambda row: row["seconds"])
@@ -517,8 +518,8 @@ def plot(rows: list[Row], path: Path) -> bool:
         return False
     figure, every = panels(len(models), width=7.5, height=4.8)
     for axes, model in zip(every, models, strict=True):
-        methods = [method for method in METHODS if (model, method) in lines]
-        style, ends, costs = styles(methods), {}, []
+        methods = [method for method in METHODS if len(lines.get((model, method), [])) > 1]
+        style, ends, costs, taken = styles(methods), {}, [], []
         for method in methods:
             colour, marker = style[method]
             points = [(row["seconds"], row["median"] / row["seconds"]) for row in lines[model, method]]
@@ -528,6 +529,8 @@ def plot(rows: list[Row], path: Path) -> bool:
             for row, point in zip(lines[model, method], points, strict=True):
                 axes.plot(*point, marker, color=colour, markerfacecolor="white" if row["summed"] else colour)
             ends[method] = points[-1]
+            for (x, y), (x_next, y_next) in itertools.pairwise(points):  # places that names are not to cover
+                taken += [(x * (x_next / x) ** (i / 40), y * (y_next / y) ** (i / 40)) for i in range(40)]
             costs += [cost for _, cost in points]
         shown = [row for row in rows if row["model"] == model]
         log_axis(axes, "x", {row["seconds"] for row in shown})
@@ -538,7 +541,7 @@ def plot(rows: list[Row], path: Path) -> bool:
         axes.set_ylabel(f"{clock} for every second of audio (s)")
         if any(row["summed"] for row in shown):
             axes.text(0.02, 0.97, "hollow: summed up from layers", transform=axes.transAxes, va="top", fontsize=9)
-        label_points(axes, ends, {method: colour for method, (colour, _) in style.items()})
+        label_points(axes, ends, {method: colour for method, (colour, _) in style.items()}, others=taken)
     save(figure, path)
     return True
 
