@@ -19,6 +19,7 @@ import torch
 from _cli import EMBEDDED, load_pipeline
 from judge import load_embedder
 from mel import LogMel
+from support.embedded import embedded
 
 import litefocus
 from litefocus import LiteFocusConfig
@@ -99,9 +100,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
-    pipe = load_pipeline(str(EMBEDDED), "cpu")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return embedded()
 
 
 def of(rows: list[dict[str, Any]], seconds: float, method: str) -> dict[str, Any]:
@@ -270,6 +269,7 @@ def test_an_interrupted_run_leaves_whole_lengths_alone(stopped_at, own: Path, mo
         assert {row["seconds"] for row in json.loads((own / "o.json").read_text())["rows"]} == {LENGTHS[0]}
 
 
+OWN = ["--embedder", "own_ears:embed"]
 REFERENCE = ["--reference", "sounds", "--seconds", "1", "--window", "0.5"]
 
 
@@ -288,7 +288,7 @@ REFERENCE = ["--reference", "sounds", "--seconds", "1", "--window", "0.5"]
         (["--model", "missing"], "cannot use missing: no such folder"),
         (["--output", "missing/o"], "cannot write into missing: No such file or directory"),
         (["--output", "taken"], "output taken is in the way: it is a file"),
-        (["--embedder", "own_ears:embed"], "an embedder needs sounds to compare with: add --reference FOLDER"),
+        (OWN, "an embedder needs sounds to compare with: add --reference FOLDER"),
         ([*REFERENCE, "--embedder", "no_such_module:embed"], "cannot use embedder no_such_module:embed: No module"),
         ([*REFERENCE, "--embedder", "own_ears:nothing"], "cannot use embedder own_ears:nothing: module 'own_ears' has"),
         ([*REFERENCE, "--embedder", "own_ears:name"], "must be module:callable, and names a str"),
@@ -299,10 +299,7 @@ REFERENCE = ["--reference", "sounds", "--seconds", "1", "--window", "0.5"]
         ([*REFERENCE, "--reference", "missing"], "reference missing is no folder that holds a .wav or .flac"),
         ([*REFERENCE, "--reference", "low"], "a.wav has 8000 Hz, the pipeline 16000: its treble would be missing"),
         ([*REFERENCE, "--reference", "broken"], "cannot read broken/a.wav"),
-        (
-            [*REFERENCE, "--embedder", "own_ears:embed", "--reference", "short"],
-            "short holds fewer than two windows of 0.5 s",
-        ),
+        ([*REFERENCE, *OWN, "--reference", "short"], "short holds fewer than two windows of 0.5 s"),
         ([*REFERENCE, "--window", "1.5"], "a Fréchet distance needs two windows of 1.5 s or more at every length"),
     ],
 )

@@ -15,6 +15,7 @@ import report
 import speed
 import torch
 from diffusers import AudioLDM2Pipeline
+from support.embedded import embedded, step
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,7 +24,6 @@ from tqdm import tqdm
 import litefocus
 from litefocus import LiteFocusConfig
 
-ROOT = Path(__file__).parents[1]
 FRAMES, BINS = 40, 4
 FEW = LiteFocusConfig(min_sampled=4)  # on short clips the default floor keeps all keys
 
@@ -41,18 +41,7 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def pipe() -> AudioLDM2Pipeline:
-    return AudioLDM2Pipeline.from_pretrained(ROOT / "examples" / "embedded" / "pipeline")
-
-
-def attended(pipe: AudioLDM2Pipeline, frames: int = 64) -> Tensor:
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        return pipe.unet(
-            torch.randn(1, 8, frames, 16, generator=draw),
-            500,
-            encoder_hidden_states=torch.randn(1, 8, 32, generator=draw),
-            encoder_hidden_states_1=torch.randn(1, 6, 64, generator=draw),
-        ).sample
+    return embedded()
 
 
 def qkv(tokens: int) -> Tensor:
@@ -88,11 +77,11 @@ def test_merging_runs_the_layer_on_half_of_the_tokens() -> None:
 
 @pytest.mark.parametrize("method", [FEW, methods.Published, methods.Tiles, methods.Merged, methods.Peer])
 def test_a_method_is_installed_and_taken_off_again(pipe, method) -> None:
-    dense, before = attended(pipe), dict(pipe.unet.attn_processors)
+    dense, before = step(pipe, 64), dict(pipe.unet.attn_processors)
     with compare.installed(pipe, method, native_frames=32):
-        assert not torch.allclose(attended(pipe), dense, atol=1e-4)
+        assert not torch.allclose(step(pipe, 64), dense, atol=1e-4)
     assert pipe.unet.attn_processors == before
-    assert torch.equal(attended(pipe), dense)
+    assert torch.equal(step(pipe, 64), dense)
 
 
 @pytest.mark.parametrize("method", [methods.Published, methods.Tiles, FEW])
@@ -106,7 +95,7 @@ def test_flop_ratio_is_what_torch_counts(pipe, method) -> None:
             sdpa_kernel(SDPBackend.MATH),
             FlopCounterMode(display=False) as counter,
         ):
-            attended(pipe, frames=128)
+            step(pipe, 128)
         counts[which] = counter.get_total_flops()
     counted = counts[None] / counts[method]
     assert methods.flop_ratio(pipe, method, seconds=5.12, native_frames=64) == pytest.approx(counted, rel=0.05)
