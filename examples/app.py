@@ -32,8 +32,8 @@ def page(pipe: Any, settings: dict[str, Any]) -> gr.Blocks:
             bar((step + 1, steps), desc="decoding" if step + 1 == steps else "denoising", unit="steps")
 
         after(-1)
-        _cli.check(asked := {**settings, "prompt": prompt, "seconds": seconds, "seed": seed})
-        clip, took = generate.generate(pipe, asked, callback=after)
+        _cli.check(wanted := {**settings, "prompt": prompt, "seconds": seconds, "seed": seed})
+        clip, took = generate.generate(pipe, wanted, callback=after)
         rate, samples = pipe.vocoder.config.sampling_rate, (clip.clip(-1, 1) * 32767).astype(np.int16)
         return (rate, samples), _cli.spectrograms({prompt: clip}, rate), f"{took:.1f} s, {_cli.peak_memory()}"
 

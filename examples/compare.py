@@ -2,7 +2,7 @@
 
     python examples/compare.py                              # the embedded pipeline, in under five minutes
     python examples/compare.py --model cvssp/audioldm2 --prompts prompts.txt --seconds 10 40 80 --steps 200
-    python examples/compare.py --prompts prompts.txt --reference recordings --embedder my_package.ears:embed
+    python examples/compare.py --prompts prompts.txt --reference recordings --embedder my_package:embed
 
 PROMPTS has one prompt a line. Every method gets the same prompts and the same noise. `litefocus` has the settings that
 the options of attention give, which are the defaults. For every length a table:
@@ -67,7 +67,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--native", type=float, metavar="S", help="length of time tiles (default: 10.24; embedded pipeline: 5.12)")
     add("--reference", type=Path, metavar="FOLDER", help="of wav or flac files, for Fréchet distances")
     add("--embedder", default=EMBEDDER, metavar="MODULE:CALLABLE", help="default: the embedded one, see above")
-    add("--window", type=float, default=5.12, metavar="S", help="that an embedder hears (default: %(default)s)")
+    add("--window", type=float, default=5.12, metavar="S", help="of sound for an embedder (default: %(default)s)")
     add("--output", type=Path, default=Path("compare"), metavar="NAME", help="default: %(default)s")
     args = parser.parse_args(argv)
     with _cli.refusing():
@@ -95,8 +95,8 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"a Fréchet distance needs two windows of {args.window:g} s or more at every length")
     elif args.embedder != EMBEDDER:
         raise ValueError("an embedder needs sounds to compare with: add --reference FOLDER")
-    _cli.check_output(beside(args.output, ".wav"))
-    blocked = [path for suffix in (".json", ".png", ".html") if (path := beside(args.output, suffix)).is_dir()]
+    _cli.check_output(with_ending(args.output, ".wav"))
+    blocked = [path for suffix in (".json", ".png", ".html") if (path := with_ending(args.output, suffix)).is_dir()]
     if blocked or args.output.is_file():
         raise ValueError(
             f"output {[*blocked, args.output][0]} is in the way: it is a {'folder' if blocked else 'file'}"
@@ -121,7 +121,7 @@ def find_sounds(folder: Path) -> list[Path]:
     return files
 
 
-def beside(output: Path, suffix: str) -> Path:
+def with_ending(output: Path, suffix: str) -> Path:
     """NAME with a suffix; it may hold dots."""
     return output.with_name(output.name + suffix)
 
@@ -302,7 +302,7 @@ def frechet(one: Features, other: Features) -> float:
     return float(shift @ shift + (x**2).sum() + (y**2).sum() - 2 * np.linalg.norm(x @ y.T, "nuc"))
 
 
-class Ears:
+class Embedder:
     """An embedder, and what it makes of the reference. Raises ValueError where they cannot be used.
 
     rate: the pipeline's sampling rate, which reference sounds are brought down to.
@@ -373,7 +373,7 @@ def make(pipe: Any, settings: Row, device: torch.device) -> tuple[Waves, Tensor,
 
 
 def compare(
-    pipe: Any, seconds: float, ears: Ears | None, args: Any, bar: Any
+    pipe: Any, seconds: float, embedder: Embedder | None, args: Any, bar: Any
 ) -> tuple[list[Row], dict[str, list[Waves]]]:
     """A row for every method at one length, and its clips, one for every prompt."""
     hows = {"litefocus": args.config, "paper": LiteFocusConfig.paper(), "time tiles": Tiles, "token merging": Merged}
@@ -412,9 +412,10 @@ def compare(
             errors = {layer.name: layer.errors[settings_of[name]] for layer in layers}
             worst = max(errors, key=lambda layer: errors[layer])
             row |= {"attention": statistics.mean(errors.values()), "worst": errors[worst], "worst_layer": worst}
-        if ears:
-            heard = ears.embed(clips[name])
-            row |= {"frechet": frechet(heard, ears.reference), "windows": len(heard), "notes": ears.notes(len(heard))}
+        if embedder:
+            points = embedder.embed(clips[name])
+            row |= {"frechet": frechet(points, embedder.reference)}
+            row |= {"windows": len(points), "notes": embedder.notes(len(points))}
         rows.append(row)
     return rows, clips
 
@@ -485,8 +486,8 @@ def page(record: Row, folder: str) -> str:
 def write(record: Row, output: Path) -> None:
     """The JSON, the picture and the page, each whole or not at all."""
     for suffix, text in ((".json", json.dumps(record, indent=1) + "\n"), (".html", page(record, output.name))):
-        _cli.save(beside(output, suffix), lambda whole, text=text: whole.write_text(text, encoding="utf-8"))
-    _cli.save(beside(output, ".png"), lambda whole: plot(record["rows"], whole))
+        _cli.save(with_ending(output, suffix), lambda whole, text=text: whole.write_text(text, encoding="utf-8"))
+    _cli.save(with_ending(output, ".png"), lambda whole: plot(record["rows"], whole))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -499,7 +500,7 @@ def main(argv: list[str] | None = None) -> None:
         pipe, patch = generate.load(args)
         patch.remove()
         rate = pipe.vocoder.config.sampling_rate
-        ears = Ears(args, rate) if args.reference is not None else None
+        embedder = Embedder(args, rate) if args.reference is not None else None
         args.output.mkdir(exist_ok=True)
     pipe.set_progress_bar_config(disable=True)
     for prompt in args.texts:
@@ -516,14 +517,14 @@ def main(argv: list[str] | None = None) -> None:
         "versions": {"python": platform.python_version(), **{of.__name__: of.__version__ for of in libraries}},
         "rows": [],
     }
-    if ears:
-        windows, features = ears.reference.shape
+    if embedder:
+        windows, features = embedder.reference.shape
         record["reference"] = {"folder": str(args.reference), "windows": windows, "seconds": args.window}
         record["embedder"] = {"callable": args.embedder, "features": features}
     print(record["measured"] + "\n")
     with tqdm(total=len(args.lengths) * len(args.texts) * (len(args.methods) + 1), desc="clips") as bar:
         for seconds in args.lengths:
-            rows, clips = compare(pipe, seconds, ears, args, bar)
+            rows, clips = compare(pipe, seconds, embedder, args, bar)
             for row in rows:
                 stem = f"{seconds:g}s-{row['method'].replace(' ', '-')}"
                 row["wavs"] = [f"{stem}-{i}.wav" for i in range(1, len(args.texts) + 1)]

@@ -4,9 +4,9 @@
     python examples/generate_many.py prompts.jsonl --output clips --seconds 60
 
 Prompts are lines of text, or of JSON with "prompt" and, if they differ from the command line's, "seed" and "seconds".
-Every clip is a wav, named after its prompt and a digest of prompt, seed and settings, and a line in records.jsonl: what
-was asked for, how long it took, or why it failed. Run the same command again to go on where it stopped, and to try
-again what failed; other prompts or settings make other files beside those that are there. A clip depends on its
+Every clip is a wav, named after its prompt and a digest of prompt, seed and settings, and a line in records.jsonl: its
+settings, how long it took, or why it failed. Run the same command again to go on where it stopped, and to try
+again what failed; other prompts or settings make further files. A clip depends on its
 prompt, seed and settings alone, not on the number of processes. The exit code is 1 where clips failed.
 """
 

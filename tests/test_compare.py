@@ -159,7 +159,7 @@ def test_errors_of_attention_are_those_of_the_probe(run, pipe) -> None:
     with litefocus.probe(pipe, min_sampled=4) as probe:
         for i, text in enumerate(TEXTS):
             latents(pipe, text, 1.5, 5 + len(TEXTS) + i)
-    for method, setting in (("litefocus", "asked"), ("paper", "paper")):
+    for method, setting in (("litefocus", next(iter(probe.layers[0].errors))), ("paper", "paper")):
         errors = [layer.errors[setting] for layer in probe.layers]
         row = of(run.rows, 1.5, method)
         assert row["attention"] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
@@ -226,16 +226,16 @@ def test_the_frechet_distance_against_the_root_of_a_matrix() -> None:
 def test_the_embedded_embedder_is_marked_as_what_it_is(own: Path) -> None:
     args = Namespace(embedder="judge:embed", window=1.0, sounds=[own / "sounds" / "a.wav"], reference=own)
     args.embed = compare.find_embedder(args.embedder)
-    ears = compare.Ears(args, RATE)
+    embedder = compare.Embedder(args, RATE)
     sound = torch.from_numpy(soundfile.read(args.sounds[0], dtype="float32")[0])
     with torch.inference_mode():
         expected = load_embedder().embed(LogMel()(sound[: 2 * RATE].reshape(2, RATE)))
-    assert ears.reference == pytest.approx(expected.double().numpy(), rel=1e-4, abs=1e-5)
-    marked, few = ears.notes(1000)
+    assert embedder.reference == pytest.approx(expected.double().numpy(), rel=1e-4, abs=1e-5)
+    marked, few = embedder.notes(1000)
     assert "twelve small synthetic classes" in marked
     assert "1000 generated and 2 reference windows for 48 features" in few
     with pytest.raises(ValueError, match="at least 1 s at 16000 Hz, got 48000 samples at 48000 Hz"):
-        ears.call(np.zeros((1, 48000), np.float32), 48000)
+        embedder.call(np.zeros((1, 48000), np.float32), 48000)
 
 
 def test_settings_that_are_dense_are_at_distance_zero(own: Path) -> None:

@@ -110,13 +110,12 @@ def figures() -> str:
     models, longest = len({row["model"] for row in sounds}), max(row["times"] for row in sounds)
     text = (
         f"Step: one UNet step of AudioLDM 2, published widths and random weights, on a CPU ({machine}); dense in "
-        "seconds, others as speed-up (\\* by arithmetic, not measured). Fréchet distance (of 5 s windows to real ones, "
-        "lower is better) and drift within a clip: differences to dense ± standard error, on a small trained model of "
-        "5 s native length, "
-        f"{counted}. On {models} trained UNets, by seven measures at 1x to {longest}x their native length, worse "
-        f"than dense by over two standard errors: {', '.join(judgements)} (2.3 % by chance alone). By "
-        f"`speed.py` and `quality.py` in `examples/evidence`, {date}; all figures: "
-        "[speed.md](examples/evidence/speed.md), [quality.md](examples/evidence/quality.md)."
+        "seconds, others as speed-up (\\* estimated from FLOPs, not measured). Fréchet distance (of 5 s windows to "
+        "real ones, lower is better) and drift within a clip: differences to dense ± standard error, on a small trained "
+        f"model of 5 s native length, {counted}. On {models} trained UNets, by seven measures at 1x to {longest}x "
+        "their native length, worse than dense by over two standard errors: "
+        f"{', '.join(judgements)} (2.3 % by chance alone). By `speed.py` and `quality.py` in `examples/evidence`, "
+        f"{date}; all figures: [speed.md](examples/evidence/speed.md), [quality.md](examples/evidence/quality.md)."
     )
     picture = "![error of attention against cost, all settings and peers](examples/evidence/quality_cost.png)"
     lines = ["", *textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False), "", picture]

@@ -1,6 +1,6 @@
 """What the programs of this folder share: figures in a JSON, where they come from, and tables that are made of them.
 
-Importing it lets them find the modules of the folders beside: `compare` and `_cli`, `data`, `judge` and `mel`.
+Importing it lets them import from two other folders: `compare` and `_cli`, and `data`, `judge` and `mel`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python train.py vae --samples DIR            # log-mel autoencoder
     python train.py vocoder --samples DIR        # log-mel to waveform
     python train.py classifier --samples DIR     # the judge: class and tempo of a waveform
-    python train.py embedder --samples DIR       # its ears for Fréchet distances, on recordings of their own
+    python train.py embedder --samples DIR       # embeddings for Fréchet distances, from other recordings
     python train.py unet --samples DIR           # the denoiser, on latents of the trained VAE
     python train.py export                       # pipeline/ and classifier.safetensors, fp16
     python figures.py --samples DIR              # the figures of ../README.md, results.json
