@@ -172,3 +172,9 @@ def test_steps_are_captured_and_compiled_by_name(monkeypatch: pytest.MonkeyPatch
             rows = speed.step("small", 1.0, args, bar)
             assert [row["method"] for row in rows] == [f"dense, {args.how}", f"litefocus, {args.how}"]
             assert rows[1]["flop_ratio"] == pytest.approx(1.0, abs=0.3)
+
+
+@pytest.mark.parametrize("mistake", [["--rounds", "0"], ["--seconds", "0"], ["--models", "none"]], ids=" ".join)
+def test_mistakes_are_refused(mistake: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        speed.parse(mistake)

@@ -560,8 +560,7 @@ def count_cells(rows: list[Row]) -> list[Row]:
 
 def add(kind: str, rows: list[Row], args: argparse.Namespace) -> None:
     """Add rows to "rows" or "screen" of the JSON, in place of older ones, and write page and pictures anew."""
-    facts = f"{args.steps} steps", f"guidance {args.guidance}", f"seed {args.seed}", f"{RESAMPLES} resamples"
-    where = measured("cpu", *facts)
+    where = measured("cpu", f"{args.steps} steps, guidance {args.guidance}, seed {args.seed}, {RESAMPLES} resamples")
     file = args.output.with_suffix(".json")
     tables = read(file, "rows", "screen")
     names = "model", "method" if kind == "rows" else "setting", "times"

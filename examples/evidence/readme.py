@@ -96,9 +96,8 @@ def figures() -> str:
     times = read(HERE / "speed.json", "rows")["rows"]
     evaluation = json.loads((HERE / "quality.json").read_text())
     sounds = evaluation["rows"]
-    long = LENGTHS[max(LENGTHS)]
     header = ["", *(f"step, {length:g} s" for length in SECONDS)]
-    header += [*(f"Fréchet, {name}" for name in LENGTHS.values()), f"drift, {long}"]
+    header += [*(f"Fréchet, {name}" for name in LENGTHS.values()), f"drift, {LENGTHS[max(LENGTHS)]}"]
     names = {method: f"**{method}**" if method == "litefocus" else method for method in METHODS}
     rows = [[name, *cells(method, times, sounds)] for method, name in names.items()]
     timed = row_of(times, model=TIMED, method="litefocus", seconds=max(SECONDS)) or times[0]
@@ -111,11 +110,11 @@ def figures() -> str:
     text = (
         f"Step: one UNet step of AudioLDM 2, published widths and random weights, on a CPU ({machine}); dense in "
         "seconds, others as speed-up (\\* estimated from FLOPs, not measured). Fréchet distance (of 5 s windows to "
-        "real ones, lower is better) and drift within a clip: differences to dense ± standard error, on a small trained "
-        f"model of 5 s native length, {counted}. On {models} trained UNets, by seven measures at 1x to {longest}x "
-        "their native length, worse than dense by over two standard errors: "
-        f"{', '.join(judgements)} (2.3 % by chance alone). By `speed.py` and `quality.py` in `examples/evidence`, "
-        f"{date}; all figures: [speed.md](examples/evidence/speed.md), [quality.md](examples/evidence/quality.md)."
+        "real ones, lower is better) and drift within a clip: differences to dense ± standard error, on a small "
+        f"trained model of 5 s native length, {counted}. On {models} trained UNets, by seven measures at 1x to "
+        f"{longest}x their native length, worse than dense by over two standard errors: {', '.join(judgements)} (2.3 % "
+        f"by chance alone). By `speed.py` and `quality.py` in `examples/evidence`, {date}; all figures: "
+        "[speed.md](examples/evidence/speed.md), [quality.md](examples/evidence/quality.md)."
     )
     picture = "![error of attention against cost, all settings and peers](examples/evidence/quality_cost.png)"
     lines = ["", *textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False), "", picture]

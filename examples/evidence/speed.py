@@ -67,6 +67,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.quick:
         args.rounds, args.seconds = 1, args.seconds or [20.0]
     args.seconds = args.seconds or ([10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 600.0] if args.what == "step" else [80.0])
+    if args.rounds < 1 or min(args.seconds) < 0.5:
+        parser.error("--rounds must be at least 1, and --seconds at least 0.5")
     args.methods = list(dict.fromkeys(["dense", *args.methods]))  # what the others are compared with
     return args
 
