@@ -165,17 +165,17 @@ def digest(*tensors: Tensor) -> str:
     return every.hexdigest()
 
 
+def call(pipe: AudioLDM2Pipeline, times: int, timestep: int) -> Tensor:
+    """What the UNet computes for a fixed input of this length."""
+    draw = torch.Generator().manual_seed(0)
+    latent, gpt, t5 = (torch.randn(2, *of, generator=draw) for of in ((8, times * NATIVE, 16), (8, 32), (6, 64)))
+    with torch.inference_mode():
+        return pipe.unet(latent, timestep, gpt, encoder_hidden_states_1=t5, return_dict=False)[0]
+
+
 def fingerprint(pipe: AudioLDM2Pipeline, times: int) -> str:
     """Of what the UNet computes at this length, at two timesteps that take different samples."""
-    draw = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=draw)
-
-    latent = normal(2, 8, times * NATIVE, 16)
-    text = {"encoder_hidden_states": normal(2, 8, 32), "encoder_hidden_states_1": normal(2, 6, 64)}
-    with torch.inference_mode():
-        return digest(*(pipe.unet(latent, timestep, **text, return_dict=False)[0] for timestep in TIMESTEPS))
+    return digest(*(call(pipe, times, timestep) for timestep in TIMESTEPS))
 
 
 def kept_file(args: argparse.Namespace, *key: Any) -> Path:
@@ -453,34 +453,40 @@ class Layers:
     inputs: {layer: (samples, tokens, channels)}.
     """
 
-    @torch.inference_mode()
     def __init__(self, pipe: AudioLDM2Pipeline, times: int, inputs: dict[str, Tensor]) -> None:
-        self.pipe, self.seconds, self.inputs = pipe, times * CLIP_SECONDS, inputs
-        self.dense = {name: self.attention(name) for name in inputs}
+        self.pipe, self.times, self.inputs = pipe, times, inputs
+        self.dense = self.outputs()
 
-    def attention(self, name: str) -> Tensor:
-        """What a layer's attention returns for its input, without the projection that follows."""
-        layer = self.pipe.unet.get_submodule(name)
-        projection, layer.to_out[0] = layer.to_out[0], torch.nn.Identity()
-        try:
-            return layer(self.inputs[name])
-        finally:
+    def outputs(self) -> dict[str, Tensor]:
+        """What the attention of every layer returns for its input, without the projection that follows.
+
+        Inside of a call of the UNet, from which a patched layer knows its grid.
+        """
+        found: dict[str, Tensor] = {}
+
+        def attend(name: str, layer: Any, *_: Any) -> None:
+            projection, layer.to_out[0] = layer.to_out[0], torch.nn.Identity()
+            found[name] = layer.forward(self.inputs[name])
             layer.to_out[0] = projection
 
-    @torch.inference_mode()
+        layers = [(name, self.pipe.unet.get_submodule(name)) for name in self.inputs]
+        hooks = [layer.register_forward_pre_hook(functools.partial(attend, name)) for name, layer in layers]
+        call(self.pipe, self.times, TIMESTEPS[0])
+        for hook in hooks:
+            hook.remove()
+        return found
+
     def errors(self, method: Method) -> dict[str, float]:
         """|method - dense| / |dense| of every layer's attention output, on the same input."""
-        found = {}
         with method.on(self.pipe):
-            for name in self.inputs:
-                found[name] = float((self.attention(name) - self.dense[name]).norm() / self.dense[name].norm())
-        return found
+            outputs = self.outputs()
+        return {name: float((outputs[name] - dense).norm() / dense.norm()) for name, dense in self.dense.items()}
 
     def cost(self, method: Method) -> float:
         """The share of dense self-attention's arithmetic that is left."""
         dense = kept = 0.0
         with method.on(self.pipe):
-            for row in litefocus.status(self.pipe, seconds=self.seconds).layers:
+            for row in litefocus.status(self.pipe, seconds=self.times * CLIP_SECONDS).layers:
                 if row.name not in self.inputs:
                     continue
                 layer = self.pipe.unet.get_submodule(row.name)
