@@ -801,7 +801,7 @@ def main(argv: list[str] | None = None) -> None:
             if args.output:
                 add("screen", rows, args)
         return
-    count = 72 if args.quick else REFERENCE
+    count = 36 if args.quick else REFERENCE
     reference = Reference(listen(real(pipe, count, 1, 880_001, args)), labels_of(count))
     every: list[Row] = []
     for times in args.lengths:
