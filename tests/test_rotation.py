@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from benchmark import captured
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
+from speed import captured
 from support.oracle import install_oracle
 from support.pipelines import build, generate, minimal_unet
 from support.settings import hand_in, one_sample

@@ -32,9 +32,10 @@ def test_figures_in_the_readme_are_those_of_the_json() -> None:
     between = text.split("<!-- figures -->\n")[1].split("<!-- /figures -->")[0]
     assert between == readme.figures()
     assert f"<!-- memory -->\n{readme.memory()}<!-- /memory -->" in text
-    rows = json.loads((ROOT / "examples" / "evaluate.json").read_text())["rows"]
+    rows = json.loads((ROOT / "examples" / "evidence" / "quality.json").read_text())["rows"]
     (ours,) = [row for row in rows if (row["model"], row["method"], row["times"]) == ("seed 1", "litefocus", 8)]
     assert f"{ours['frechet']['diff']:+.2f} ± {ours['frechet']['diff_se']:.2f}" in between
+    assert {file.name for file, text in readme.pages().items() if file.read_text() != text} == set()
     assert len((ROOT / "README.md").read_bytes()) < 12_000
 
 
