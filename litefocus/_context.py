@@ -1,6 +1,6 @@
-"""What the calls of a UNet show, told to its attention layers: the grid of the latent, and the sample of the step.
+"""Hooks that tell a UNet's attention layers what they cannot see: the size of the latent, and the sample of the step.
 
-Attention layers see (batch, tokens, channels) alone. Clients call `unet(...)`, `unet.forward(...)`, or walk over the
+They see (batch, tokens, channels) alone. Clients call `unet(...)`, `unet.forward(...)`, or walk over the
 blocks themselves; all of them pass the modules that are hooked here. The first convolution gets the latent, which shows
 the grid; the modules of the time embedding get the timestep; the last convolution ends the call.
 """
@@ -23,14 +23,14 @@ from litefocus._compile import assume_constant_result
 from litefocus._grid import Grid, halved
 from litefocus.focus import FocusSet, FreqAxis
 
-GRIDS_KEPT = 8  # grids of past calls, to which layers belong that run once more in a backward pass
+GRIDS_KEPT = 8  # sizes of past calls, by which a layer that runs again in a backward pass finds its grid
 
 
 class Call(NamedTuple):
     """A call of a UNet that runs in this thread.
 
-    grid: (num_frames, freq_bins) of the latent. sample: index of every layer's sample, an int, or a scalar tensor
-    where reading it would stall a GPU. grids: of the patch that counted when it began. number: of the UNet's calls.
+    grid: (num_frames, freq_bins) of the latent. sample: hash of the timestep, a scalar tensor on a GPU, where reading
+    it would wait for the device. grids: those of the patch in force when it began. number: of the call, counted from 1.
     """
 
     grid: tuple[int, int]
@@ -40,7 +40,7 @@ class Call(NamedTuple):
 
 
 class _Thread(threading.local):
-    """Of every context: the call that runs, and what was noted for the one that is about to begin."""
+    """Of one thread: the running call of every context, and what its hooks have noted for the next one."""
 
     def __init__(self) -> None:
         self.calls: weakref.WeakKeyDictionary[Context, Call] = weakref.WeakKeyDictionary()
@@ -55,7 +55,7 @@ class Context:
     """What the layers of one UNet have in common. Each layer refers to it, also where it is moved out of the UNet.
 
     Attributes:
-        grids: of the patch that counts, by the layers' names; empty where there is none.
+        grids: of the patch in force, by the layers' names; empty where there is none.
         freq_bins: that the latent must have; None where any number will do.
         freq_axis: "width" or "height".
         verb: "patched" or "probed", for messages.
@@ -114,7 +114,7 @@ class Context:
     def _note_embedding(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """The authors' UNets embed the timestep in a function: sinusoids (batch, channels), cosines before sines."""
         if not torch.compiler.is_compiling() and args and args[0].numel():
-            cosines, sines = args[0].detach()[0].double().chunk(2)
+            cosines, sines = args[0].detach()[0].float().chunk(2)
             timestep = torch.atan2(sines[-1], cosines[-1]) * 10000 ** (1 - 1 / len(cosines))  # by the lowest frequency
             _thread.samples[self] = sample_index((timestep * 8).round() / 8)
 
@@ -160,7 +160,7 @@ class Context:
         return call
 
     def grid_of(self, tokens: int, grid: Grid) -> tuple[int, int] | None:
-        """(num_frames, freq_bins) of a layer's call; None, with the reason in `grid.why_dense`, where it is another."""
+        """(num_frames, freq_bins) of a layer's call; None, and the reason in `grid.why_dense`, for other tokens."""
         call = self.call
         known = self.seen[::-1] if call is None else [call.grid]
         for size in known:
@@ -195,7 +195,7 @@ class PatchedLayer(NamedTuple):
 
     @property
     def grid(self) -> Grid | None:
-        """The layer's grid under the patch that counts, in a call that runs the one that counted when it began."""
+        """Of the patch in force when the running call began, or else of the one in force now; None without any."""
         grids = self.context.grids
         call = self.context.call if grids and not torch.compiler.is_compiling() else None
         return (grids if call is None else call.grids).get(self.name)
@@ -236,7 +236,7 @@ def sample_index(timestep: Any) -> int | Tensor:
             except RuntimeError:  # under vmap or make_fx
                 return 0
     if isinstance(timestep, Tensor):
-        return _hash((timestep.double() * 1024).long() & 0xFFFFFFFF)
+        return _hash((timestep.float() * 1024).long() & 0xFFFFFFFF)  # float32: MPS has no other
     if isinstance(timestep, (int, float)) and math.isfinite(timestep):
         return _hash(int(timestep * 1024) & 0xFFFFFFFF)
     return 0

@@ -1,4 +1,4 @@
-"""Which keys each query sees, and how much each of them counts.
+"""Which keys each query attends to, and with which weights.
 
 The latent of an AudioLDM-style model is a grid of `num_frames` time frames x `freq_bins` frequency bins, flattened to
 tokens. Query i attends to its focus set F_i = S_i ∪ C: every token S_i of its own frequency bin, and a random sample
@@ -86,7 +86,7 @@ class _Sizes(NamedTuple):
 
 
 def _sizes(num_frames: int, config: LiteFocusConfig) -> _Sizes:
-    """How time is cut up. Without a time window, or on a clip no longer than one, it is not: one block sees all."""
+    """Blocks and windows of time: one of each over the whole clip, without a time window or where it fits in one."""
     block = window = num_frames
     if config.time_window is not None:
         half = -(-config.time_window // 2)
@@ -119,9 +119,10 @@ def focus_set(
 ) -> FocusSet:
     """The focus sets of a grid of `num_frames` x `freq_bins` tokens, on the CPU.
 
-    The sample takes c = max(min_sampled, round(sparse_ratio * num_frames)) frames of every other bin, without
-    replacement, so all sets have T + (F - 1) c keys. A key of the own bin weighs 1, a sampled one T / c: numerator and
-    denominator of the softmax are then unbiased estimates of dense attention's, whatever the attention looks like.
+    The sample takes c = max(1, min_sampled, round(sparse_ratio * T)) frames of every other bin, at most all T =
+    num_frames, without replacement. So all sets have T + (F - 1) c keys. A key of the own bin weighs 1, a sampled one
+    T / c: numerator and denominator of the softmax are then unbiased estimates of dense attention's, whatever the
+    attention looks like.
 
     With a time window, frames are cut into blocks whose queries share a window of n frames: at least half of
     `time_window` on either side of each of them, clamped at the ends of the clip. A set then has three strata: the n
@@ -139,11 +140,10 @@ def focus_set(
         layer: name of the attention layer; layers of different names draw different samples.
         freq_axis: "width" if frequency varies fastest (token = frame * freq_bins + bin: AudioLDM, AudioLDM 2,
             MusicLDM, Tango), "height" if time does (token = bin * num_frames + frame: Riffusion, Auffusion).
-        draw: which of the layer's samples.
+        draw: which of the layer's samples; steps use different ones.
 
     Returns:
-        The sets. They are a pure function of (config, layer, num_frames, freq_bins, draw) and leave every global
-        random state alone.
+        The sets. They are a pure function of all arguments; no global random state is read or changed.
 
     Raises:
         TypeError: for sizes that are no integers, for a `config` that is no `LiteFocusConfig`, and for its fields as

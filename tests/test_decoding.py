@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
 import litefocus
-from litefocus._decoding import Tiles, decoder_shape, decoding_bytes, tiles_of
+from litefocus._decoding import decoding_bytes, tiles_of
+from litefocus._target import latent_geometry
 
 EMBEDDED = Path(__file__).parents[1] / "examples" / "embedded" / "pipeline"
 SECONDS = 2.56  # of a tile, in most of these tests: 64 latent frames
@@ -217,7 +218,7 @@ def mels_for(vocoder: nn.Module, frames: int) -> Tensor:
 def test_the_reach_is_what_a_sample_depends_on(vocoder: nn.Module) -> None:
     """Measured by gradients: which frames a sample in the middle of a clip, or one beside it, changes with."""
     pipe = holder(vocoder)
-    shape = decoder_shape(pipe)
+    shape = latent_geometry(pipe)
     x = mels_for(vocoder, 101).double().requires_grad_()
     vocoder.double()
     samples = pipe.mel_spectrogram_to_waveform(x).flatten()[shape.hop * 50 : shape.hop * 51]
@@ -319,9 +320,9 @@ def test_gradients_are_those_of_the_whole_clip(small, latents) -> None:
 def test_memory_is_that_of_one_tile(pipe, clips) -> None:
     latents, peaks = clips[:1], {}
     for name, frames in (("4 s", 96), ("8 s", 192)):
-        for tiles in (None, Tiles(1.28, 0.32)):
+        for tiles in (None, (1.28, 0.32)):
             if tiles:
-                litefocus.tile_decoding(pipe, tiles.seconds, tiles.overlap)
+                litefocus.tile_decoding(pipe, *tiles)
             with PeakMemory() as vae:
                 mels = decoded(pipe, latents[:, :, :frames])
             with PeakMemory() as vocoder:
@@ -331,7 +332,7 @@ def test_memory_is_that_of_one_tile(pipe, clips) -> None:
             assert decoding_bytes(pipe, frames / 25, tiles) == pytest.approx(peak, rel=0.15)
     assert peaks["8 s", True] > 1.9 * peaks["4 s", True]
     assert peaks["8 s", False] < 1.1 * peaks["4 s", False]
-    assert decoding_bytes(pipe, 2.0, Tiles(2.56, 0.64)) == decoding_bytes(pipe, 2.0)
+    assert decoding_bytes(pipe, 2.0, (2.56, 0.64)) == decoding_bytes(pipe, 2.0)
     assert decoding_bytes(types.SimpleNamespace(unet=None), 10.0) is None
 
 
