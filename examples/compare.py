@@ -261,10 +261,12 @@ def installed(pipe: Any, method: Method, native_frames: int = NATIVE_FRAMES) -> 
 
 def flop_ratio(pipe: Any, method: Method, seconds: float, native_frames: int = NATIVE_FRAMES) -> float:
     """Dense arithmetic of a UNet step / the method's, for a clip of `seconds`: the most that a step can be faster."""
+    if method is None:
+        return 1.0
     with litefocus.patch(pipe, method) if isinstance(method, LiteFocusConfig) else contextlib.nullcontext():
         status = litefocus.status(pipe, seconds=seconds)
     assert status.flops is not None
-    if method is None or isinstance(method, LiteFocusConfig):
+    if isinstance(method, LiteFocusConfig):
         return status.flops.ratio
     saved = 0.0
     for row in status.layers:

@@ -33,9 +33,7 @@ with interruptible():
     import quality
     import speed
     import torch
-    from diffusers import AutoencoderKL
     from methods import flop_ratio
-    from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
     from litefocus import _decoding
 
@@ -102,34 +100,15 @@ def figures() -> str:
     models, longest = len({row["model"] for row in sounds}), max(row["times"] for row in sounds)
     text = (
         "A UNet step of AudioLDM 2 at its published widths, with random weights, on a CPU "
-        f"({machine}): dense in seconds, the others as speed-up (\\* estimated from FLOPs, not measured). Sound: Fréchet "
-        "distance of 5 s windows to real ones, lower is better, as difference to dense ± standard error, of "
+        f"({machine}): dense in seconds, the others as speed-up (\\* estimated from FLOPs, not measured). Sound: "
+        "Fréchet distance of 5 s windows to real ones, lower is better, as difference to dense ± standard error, of "
         f"{judged['clips']} clips of a small trained model. By seven measures on {models} trained UNets, at 1 to "
         f"{longest} times their native length, the output is worse than dense by over two standard errors in these "
-        f"comparisons, where chance alone makes 2.3 %: {', '.join(judgements)} ([speed](examples/evidence/speed.md), [sound](examples/evidence/quality.md), {date})."
+        f"comparisons, where chance alone makes 2.3 %: {', '.join(judgements)} ([speed](examples/evidence/speed.md), "
+        f"[sound](examples/evidence/quality.md), {date})."
     )
     lines = ["", *textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)]
     return table(header, rows) + "\n".join(lines) + "\n"
-
-
-def decoders() -> Any:
-    """VAE and vocoder of AudioLDM 2 at their published widths, in half precision; their shapes alone."""
-    config = SpeechT5HifiGanConfig(
-        model_in_dim=64,
-        upsample_initial_channel=1024,
-        upsample_rates=(5, 4, 2, 2, 2),
-        upsample_kernel_sizes=(16, 16, 8, 4, 4),
-    )
-    with torch.device("meta"):
-        vae = AutoencoderKL(
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(128, 256, 512),
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            latent_channels=8,
-        )
-        return SimpleNamespace(vae=vae.half(), vocoder=SpeechT5HifiGan(config).half())
 
 
 def decoding(pipe: Any, length: float, tiled: bool) -> float | None:
@@ -145,7 +124,7 @@ def gibibytes(size: float) -> str:
 def memory() -> str:
     """What a clip needs beside the weights, by its length."""
     times = read(HERE / "speed.json", "rows")["rows"]
-    pipe = decoders()
+    pipe = speed.decoders()
     steps = [row_of(times, model=TIMED, method="litefocus", seconds=length, dtype="float32") for length in SECONDS]
     rows = {
         "a UNet step, patched": [None if row is None else row["peak_mb"] / 2 * 1e6 for row in steps],
@@ -164,7 +143,7 @@ def allocator() -> str:
     usual = rows[0]
     cells = [
         [
-            f"`{row['setting']}`" if row["setting"] != "nothing" else "nothing",
+            row["setting"] if row is usual else f"`{row['setting']}`",
             f"{row['gib']:.1f} GiB",
             f"{row['cpu'] / usual['cpu']:.2f}",
         ]

@@ -79,12 +79,13 @@ if __name__ == "__main__":
 with interruptible():
     import torch
     import torch.nn.functional as F
-    from diffusers import AudioLDM2UNet2DConditionModel, UNet2DConditionModel
+    from diffusers import AudioLDM2UNet2DConditionModel, AutoencoderKL, UNet2DConditionModel
     from methods import Merged, Method, Peer, Published, Tiles, flop_ratio, install, published
     from plots import label_points, log_axis, panels, save, styles
     from torch import Tensor, nn
     from torch.utils._python_dispatch import TorchDispatchMode
     from tqdm import tqdm
+    from transformers import SpeechT5HifiGan, SpeechT5HifiGanConfig
 
     import litefocus
     from litefocus import LiteFocusConfig, focus_attention, focus_set
@@ -281,14 +282,29 @@ def unet_of(model: str) -> nn.Module:
     )
 
 
-def build(model: str, args: argparse.Namespace) -> Any:
-    """What litefocus reads of a pipeline: a UNet, 64 mel bins, 100 mel frames a second, a VAE scale factor of 4."""
-    vocoder = {"model_in_dim": 64, "sampling_rate": 16000, "upsample_rates": (5, 4, 2, 2, 2)}
-    return SimpleNamespace(
-        unet=unet_of(model).eval().to(args.device, getattr(torch, args.dtype)),
-        vae=SimpleNamespace(config=SimpleNamespace(block_out_channels=(128, 256, 512))),
-        vocoder=SimpleNamespace(config=SimpleNamespace(**vocoder)),
+def decoders() -> Any:
+    """VAE and vocoder of AudioLDM 2 at their published widths, in half precision; their shapes alone."""
+    config = SpeechT5HifiGanConfig(
+        model_in_dim=64,
+        upsample_initial_channel=1024,
+        upsample_rates=(5, 4, 2, 2, 2),
+        upsample_kernel_sizes=(16, 16, 8, 4, 4),
     )
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(128, 256, 512),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            latent_channels=8,
+        )
+        return SimpleNamespace(vae=vae.half(), vocoder=SpeechT5HifiGan(config).half())
+
+
+def build(model: str, args: argparse.Namespace) -> Any:
+    """What litefocus reads of a pipeline: a UNet, and the shapes of VAE and vocoder."""
+    return SimpleNamespace(unet=unet_of(model).eval().to(args.device, getattr(torch, args.dtype)), **vars(decoders()))
 
 
 def twin(pipe: Any, method: Method) -> Any:
