@@ -23,17 +23,17 @@ from litefocus._compile import assume_constant_result
 from litefocus._grid import Grid, halved
 from litefocus.focus import FocusSet, FreqAxis
 
-GRIDS_KEPT = 8  # sizes of past calls, by which a layer that runs again in a backward pass finds its grid
+SIZES_KEPT = 8  # sizes of past calls, by which a layer that runs again in a backward pass finds its grid
 
 
 class Call(NamedTuple):
     """A call of a UNet that runs in this thread.
 
-    grid: (num_frames, freq_bins) of the latent. sample: hash of the timestep, a scalar tensor on a GPU, where reading
+    size: (num_frames, freq_bins) of the latent. sample: hash of the timestep, a scalar tensor on a GPU, where reading
     it would wait for the device. grids: those of the patch in force when it began. number: of the call, counted from 1.
     """
 
-    grid: tuple[int, int]
+    size: tuple[int, int]
     sample: int | Tensor
     grids: Mapping[str, Grid]
     number: int
@@ -60,7 +60,7 @@ class Context:
         freq_axis: "width" or "height".
         verb: "patched" or "probed", for messages.
         started, finished: number of the last call that began, and of the last that came to its end.
-        seen: grids of the calls so far, the newest last.
+        sizes: (num_frames, freq_bins) of the calls so far, the newest last.
     """
 
     def __init__(self, freq_axis: FreqAxis = "width", freq_bins: int | None = None, verb: str = "patched") -> None:
@@ -69,7 +69,7 @@ class Context:
         self.freq_bins = freq_bins
         self.verb = verb
         self.started = self.finished = 0
-        self.seen: list[tuple[int, int]] = []
+        self.sizes: list[tuple[int, int]] = []
         self._hooks: list[RemovableHandle] = []
 
     @property
@@ -109,14 +109,14 @@ class Context:
 
     def _note_timestep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if not torch.compiler.is_compiling() and args:
-            _thread.samples[self] = sample_index(args[0])
+            _thread.samples[self] = timestep_hash(args[0])
 
     def _note_embedding(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """The authors' UNets embed the timestep in a function: sinusoids (batch, channels), cosines before sines."""
         if not torch.compiler.is_compiling() and args and args[0].numel():
             cosines, sines = args[0].detach()[0].float().chunk(2)
             timestep = torch.atan2(sines[-1], cosines[-1]) * 10000 ** (1 - 1 / len(cosines))  # by the lowest frequency
-            _thread.samples[self] = sample_index((timestep * 8).round() / 8)
+            _thread.samples[self] = timestep_hash((timestep * 8).round() / 8)
 
     def _begin(self, convolution: nn.Module, args: tuple[Any, ...]) -> None:
         """A call begins. Raises ValueError for another number of bins than asked for."""
@@ -153,16 +153,16 @@ class Context:
         if not torch.compiler.is_compiling():
             _thread.calls.pop(self, None)
 
-    def came_to(self, grid: Grid, compiling: bool = False) -> Call | None:
+    def record_call(self, grid: Grid, compiling: bool = False) -> Call | None:
         """Note that the call that runs has come to a layer, and return it."""
         call = self.call
         grid.last_call = max(grid.last_call, math.inf if compiling else call.number if call else 0)
         return call
 
-    def grid_of(self, tokens: int, grid: Grid) -> tuple[int, int] | None:
+    def layer_size(self, tokens: int, grid: Grid) -> tuple[int, int] | None:
         """(num_frames, freq_bins) of a layer's call; None, and the reason in `grid.why_dense`, for other tokens."""
         call = self.call
-        known = self.seen[::-1] if call is None else [call.grid]
+        known = self.sizes[::-1] if call is None else [call.size]
         for size in known:
             num_frames, freq_bins = (halved(each, grid.level) for each in size)
             if num_frames * freq_bins == tokens:
@@ -179,8 +179,8 @@ class Context:
 def _remember(context: Context, num_frames: int, freq_bins: int) -> None:
     """What a compiler runs, too, when it traces the UNet, before it comes to its layers."""
     _thread.calls.pop(context, None)  # a call that was interrupted is not this one
-    context.seen = [*(grid for grid in context.seen if grid != (num_frames, freq_bins)), (num_frames, freq_bins)]
-    del context.seen[:-GRIDS_KEPT]
+    context.sizes = [*(grid for grid in context.sizes if grid != (num_frames, freq_bins)), (num_frames, freq_bins)]
+    del context.sizes[:-SIZES_KEPT]
 
 
 class PatchedLayer(NamedTuple):
@@ -208,14 +208,14 @@ def focus_set_for(grid: Grid, context: Context, tokens: int, device: torch.devic
     A constant to the compiler, which so needs neither to look into the cache nor to guard it. Compiled code keeps the
     layer's first sample for all steps.
     """
-    call = context.came_to(grid, compiling)
-    size = context.grid_of(tokens, grid)
+    call = context.record_call(grid, compiling)
+    size = context.layer_size(tokens, grid)
     if size is None or grid.keys_kept(*size) == 1:
         return None
     return grid.focus_set(*size, device, call.sample if call and not compiling else 0)
 
 
-def sample_index(timestep: Any) -> int | Tensor:
+def timestep_hash(timestep: Any) -> int | Tensor:
     """Which of a layer's samples belongs to a step: the hash of its timestep, so that regular steps use all of them.
 
     timestep: a number, or a tensor of which the first element counts. On a GPU it is not read, which would wait for the

@@ -99,9 +99,9 @@ class Grid:
     def _build(self, num_frames: int, freq_bins: int, device: torch.device) -> Iterator[FocusSet]:
         """The layer's samples, which share everything but their keys."""
         first: FocusSet | None = None
-        for draw in range(self.num_samples):
+        for sample in range(self.num_samples):
             focus = focus_set(
-                num_frames, freq_bins, self.local_config, layer=self.name, freq_axis=self.freq_axis, draw=draw
+                num_frames, freq_bins, self.local_config, layer=self.name, freq_axis=self.freq_axis, sample=sample
             )
             if first is not None:
                 focus = replace(first, keys=focus.keys)

@@ -24,7 +24,7 @@ from litefocus._layers import (
 from litefocus._probe import probing
 from litefocus._registry import Handle, Setting, clear
 from litefocus._status import Status, status_of
-from litefocus._target import Target, resolve, settings_of, warn_of_known_problems
+from litefocus._target import Target, owners_of_settings, resolve, warn_of_known_problems
 from litefocus.config import ConfigOptions, LiteFocusConfig, merged_config, shows_options
 from litefocus.focus import FreqAxis
 
@@ -140,7 +140,7 @@ def unpatch(pipe: Any) -> None:
     >>> litefocus.status(pipe).config is None
     True
     """
-    for module in settings_of(pipe):
+    for module in owners_of_settings(pipe):
         for kind in ("patch", "tiles", "duration"):
             clear(module, kind)
         if isinstance(module, nn.Module):

@@ -323,7 +323,7 @@ class _Measured:
         fused = type(getattr(attn, "processor", None)).__name__.startswith("Fused")
         query, key, value = attention_inputs(attn, states, fused=fused)
         tokens = query.shape[2]
-        size = self.context.grid_of(tokens, self.grid)
+        size = self.context.layer_size(tokens, self.grid)
         if size is None:  # merged tokens: they lie on no grid
             return
         chosen = self._choose(tokens).to(query.device)

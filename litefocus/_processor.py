@@ -118,7 +118,7 @@ def focus_set_of_call(
     grid = None if layer is None else layer.grid
     if masked:
         if layer is not None and grid is not None and not compiling:
-            layer.context.came_to(grid)
+            layer.context.record_call(grid)
             grid.why_dense = "its calls bring a mask"
         return None
     # operator.index: a plain int under torch.compile's dynamic shapes too, as the index needs one

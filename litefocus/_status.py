@@ -199,7 +199,7 @@ def status_of(target: Target, seconds: float | None = None) -> Status:
         num_frames = geometry.num_frames(seconds)
     freq_bins = geometry.freq_bins if geometry else None
     if setting is not None:
-        seen = vars(unet)["_litefocus_context"].seen
+        seen = vars(unet)["_litefocus_context"].sizes
         freq_bins = seen[-1][1] if seen else setting.known_bins
     layers = self_attention_layers(unet)
     rows = tuple(_row(layer, freq_bins, num_frames, setting is not None) for layer in layers)

@@ -150,7 +150,7 @@ def _reach(conv: Any) -> int:
     return conv.dilation[0] * (conv.kernel_size[0] - 1) // 2 if isinstance(conv, nn.Conv1d) else 0
 
 
-def settings_of(pipe: Any) -> list[Any]:
+def owners_of_settings(pipe: Any) -> list[Any]:
     """The objects that settings of this library may be kept on; none where there is nothing of the kind.
 
     Raises TypeError for an object with several UNets.
