@@ -1,11 +1,22 @@
 """A web page that generates clips of up to ten minutes: python examples/app.py [--model cvssp/audioldm2]."""
 
+import argparse
 import threading
 from typing import Any
 
-import generate
+import _cli
 
-with generate.interruptible():
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options, checked."""
+    return _cli.Parser(__doc__).parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse()  # `--help` and mistakes are answered before the imports below, which take seconds
+
+with _cli.interruptible():
+    import generate
     import gradio as gr
     import numpy as np
 
@@ -21,10 +32,10 @@ def page(pipe: Any, settings: dict[str, Any]) -> gr.Blocks:
             bar((step + 1, steps), desc="decoding" if step + 1 == steps else "denoising", unit="steps")
 
         after(-1)
-        generate.check(asked := {**settings, "prompt": prompt, "seconds": seconds, "seed": seed})
-        clip, took = generate.generate(pipe, asked, callback=after)
+        _cli.check(wanted := {**settings, "prompt": prompt, "seconds": seconds, "seed": seed})
+        clip, took = generate.generate(pipe, wanted, callback=after)
         rate, samples = pipe.vocoder.config.sampling_rate, (clip.clip(-1, 1) * 32767).astype(np.int16)
-        return (rate, samples), generate.spectrograms({prompt: clip}, rate), f"{took:.1f} s, {generate.peak_memory()}"
+        return (rate, samples), _cli.spectrograms({prompt: clip}, rate), f"{took:.1f} s, {_cli.peak_memory()}"
 
     def forget(request: gr.Request) -> None:
         cancelled.discard(request.session_hash)
@@ -33,7 +44,7 @@ def page(pipe: Any, settings: dict[str, Any]) -> gr.Blocks:
         cancelled.add(request.session_hash)
 
     with gr.Blocks(title="litefocus", analytics_enabled=False) as blocks:
-        prompt = gr.Textbox(generate.PROMPT, label="prompt")
+        prompt = gr.Textbox(_cli.PROMPT, label="prompt")
         seconds = gr.Slider(1, 600, settings["seconds"], step=1, label="seconds")
         seed = gr.Number(settings["seed"], label="seed", precision=0)
         with gr.Row():
@@ -47,14 +58,13 @@ def page(pipe: Any, settings: dict[str, Any]) -> gr.Blocks:
 
 def main(argv: list[str] | None = None) -> None:
     """Serve the page until Ctrl-C."""
-    parser = generate.Parser(__doc__)
-    args = parser.parse_args(argv)
-    with parser.refusing():
-        generate.complete(args)
+    args = parse(argv)
+    with _cli.refusing():
+        _cli.complete(args)
         page(generate.load(args)[0], vars(args)).launch(prevent_thread_lock=True, show_error=True)
     threading.Event().wait()
 
 
 if __name__ == "__main__":
-    with generate.interruptible():
+    with _cli.interruptible():
         main()

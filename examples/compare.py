@@ -2,12 +2,12 @@
 
     python examples/compare.py                              # the embedded pipeline, in under five minutes
     python examples/compare.py --model cvssp/audioldm2 --prompts prompts.txt --seconds 10 40 80 --steps 200
-    python examples/compare.py --prompts prompts.txt --reference recordings --embedder my_package.ears:embed
+    python examples/compare.py --prompts prompts.txt --reference recordings --embedder my_package:embed
 
 PROMPTS has one prompt a line. Every method gets the same prompts and the same noise. `litefocus` has the settings that
 the options of attention give, which are the defaults. For every length a table:
 
-`time`, of one generation, text to sound: CPU seconds, on CUDA the device's; the median over prompts, methods
+`time`, of one generation, text to sound: seconds of the CPU, with a GPU of the clock; the median over prompts, methods
 alternating. `speed-up`: dense attention's time over it; `at most`: the same for the arithmetic of the UNet alone.
 `latents`: the distance of the final latents to dense attention's, relative to these; 0 is the same clip, and the row
 `other noise`, dense attention from other noise, shows how far another clip is. `attention`: the error of the attention
@@ -24,6 +24,8 @@ by side; after every length, with those before it.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import importlib.util
 import json
 import math
@@ -31,7 +33,8 @@ import pkgutil
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from datetime import date
 from html import escape
@@ -39,24 +42,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import generate
-
-with generate.interruptible():
-    import diffusers
-    import numpy as np
-    import numpy.typing as npt
-    import plots
-    import soundfile
-    import torch
-    import transformers
-    from benchmark import environment, in_seconds, seconds_of, table
-    from methods import NATIVE_FRAMES, Merged, Tiles, flop_ratio, installed
-    from scipy.signal import resample_poly
-    from torch import Tensor
-    from tqdm import tqdm
-
-    import litefocus
-    from litefocus import LiteFocusConfig
+import _cli
 
 METHODS = ("dense", "litefocus", "paper", "time tiles", "token merging")
 OTHER_NOISE = "other noise"
@@ -64,10 +50,57 @@ PROMPTS = ("a fast tabla rhythm", "a slow drone")
 FRAMES_PER_SECOND = 25  # of the latents of AudioLDM-style pipelines
 EMBEDDER = "judge:embed"
 EMBEDDER_NOTE = "the embedder is the embedded one, of twelve small synthetic classes: it says little about other sounds"
+NATIVE_FRAMES = 256  # latent frames of the length that the published checkpoints were trained on, 10.24 s
 BATCH = 16  # windows that an embedder gets at once
-Waves = npt.NDArray[np.float32]
-Features = npt.NDArray[np.float64]
 Row = dict[str, Any]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options, checked."""
+    parser = _cli.Parser(__doc__, conflict_handler="resolve")  # several lengths where the others have one
+    parser.set_defaults(steps=5)
+    add = parser.add_argument
+    add("--prompts", type=Path, metavar="FILE", help=f"one a line (default: {', '.join(PROMPTS)})")
+    lengths = {"dest": "lengths", "nargs": "+", "type": float, "metavar": "S"}
+    add("--seconds", **lengths, default=[10.0, 20.0, 40.0], help="lengths of clips (default: 10 20 40)")
+    add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help="default: all")
+    add("--native", type=float, metavar="S", help="length of time tiles (default: 10.24; embedded pipeline: 5.12)")
+    add("--reference", type=Path, metavar="FOLDER", help="of wav or flac files, for Fréchet distances")
+    add("--embedder", default=EMBEDDER, metavar="MODULE:CALLABLE", help="default: the embedded one, see above")
+    add("--window", type=float, default=5.12, metavar="S", help="of sound for an embedder (default: %(default)s)")
+    add("--output", type=Path, default=Path("compare"), metavar="NAME", help="default: %(default)s")
+    args = parser.parse_args(argv)
+    with _cli.refusing():
+        check(args)
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Check everything that needs no model, and fill in what follows from it. Raises ValueError."""
+    for seconds in args.lengths:
+        _cli.check({"seconds": seconds})
+    args.lengths = list(dict.fromkeys(args.lengths))
+    args.methods = list(dict.fromkeys(["dense", *args.methods]))  # what the others are compared with
+    args.texts = read_prompts(args.prompts)
+    if args.native is None:
+        args.native = 5.12 if args.model == str(_cli.EMBEDDED) else NATIVE_FRAMES / FRAMES_PER_SECOND
+    for name in ("native", "window"):
+        if not 0.5 <= getattr(args, name) < math.inf:
+            raise ValueError(f"{name} must be at least 0.5 seconds, got {getattr(args, name)}")
+    if "token merging" in args.methods and importlib.util.find_spec("tomesd") is None:
+        raise ValueError("token merging needs tomesd: pip install tomesd")
+    if args.reference is not None:
+        args.sounds = find_sounds(args.reference)
+        if len(args.texts) * (min(args.lengths) // args.window) < 2:
+            raise ValueError(f"a Fréchet distance needs two windows of {args.window:g} s or more at every length")
+    elif args.embedder != EMBEDDER:
+        raise ValueError("an embedder needs sounds to compare with: add --reference FOLDER")
+    _cli.check_output(with_ending(args.output, ".wav"))
+    blocked = [path for suffix in (".json", ".png", ".html") if (path := with_ending(args.output, suffix)).is_dir()]
+    if blocked or args.output.is_file():
+        raise ValueError(
+            f"output {[*blocked, args.output][0]} is in the way: it is a {'folder' if blocked else 'file'}"
+        )
 
 
 def read_prompts(path: Path | None) -> list[str]:
@@ -80,18 +113,6 @@ def read_prompts(path: Path | None) -> list[str]:
     return prompts
 
 
-def find_embedder(path: str) -> Callable[[Waves, int], Any]:
-    """What `module:callable` names. Raises ValueError."""
-    sys.path += [folder for folder in (str(Path.cwd()), str(generate.EMBEDDED.parent)) if folder not in sys.path]
-    try:
-        found = pkgutil.resolve_name(path)
-        if ":" not in path or not callable(found):
-            raise TypeError(f"it must be module:callable, and names a {type(found).__name__}")
-        return found
-    except Exception as error:  # importing it runs code of others
-        raise ValueError(f"cannot use embedder {path}: {generate.first_line(error)}") from error
-
-
 def find_sounds(folder: Path) -> list[Path]:
     """The wav and flac files in a folder and below. Raises ValueError where there are none."""
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".wav", ".flac"))
@@ -100,38 +121,175 @@ def find_sounds(folder: Path) -> list[Path]:
     return files
 
 
-def beside(output: Path, suffix: str) -> Path:
+def with_ending(output: Path, suffix: str) -> Path:
     """NAME with a suffix; it may hold dots."""
     return output.with_name(output.name + suffix)
 
 
-def check_all(args: Any) -> None:
-    """Check everything that needs no model, and fill in what hangs on it. Raises ValueError."""
-    generate.complete(args)
-    for seconds in args.lengths:
-        generate.check({"seconds": seconds})
-    args.lengths = list(dict.fromkeys(args.lengths))
-    args.methods = list(dict.fromkeys(["dense", *args.methods]))  # what the others are compared with
-    args.texts = read_prompts(args.prompts)
-    if args.native is None:
-        args.native = 5.12 if args.model == str(generate.EMBEDDED) else NATIVE_FRAMES / FRAMES_PER_SECOND
-    for name in ("native", "window"):
-        if not 0.5 <= getattr(args, name) < math.inf:
-            raise ValueError(f"{name} must be at least 0.5 seconds, got {getattr(args, name)}")
-    if "token merging" in args.methods and importlib.util.find_spec("tomesd") is None:
-        raise ValueError("token merging needs tomesd: pip install tomesd")
-    if args.reference is not None:
-        args.sounds, args.embed = find_sounds(args.reference), find_embedder(args.embedder)
-        if len(args.texts) * (min(args.lengths) // args.window) < 2:
-            raise ValueError(f"a Fréchet distance needs two windows of {args.window:g} s or more at every length")
-    elif args.embedder != EMBEDDER:
-        raise ValueError("an embedder needs sounds to compare with: add --reference FOLDER")
-    generate.check_output(beside(args.output, ".wav"))
-    blocked = [path for suffix in (".json", ".png", ".html") if (path := beside(args.output, suffix)).is_dir()]
-    if blocked or args.output.is_file():
-        raise ValueError(
-            f"output {[*blocked, args.output][0]} is in the way: it is a {'folder' if blocked else 'file'}"
-        )
+if __name__ == "__main__":
+    parse()  # `--help` and mistakes are answered before the imports below, which take seconds
+
+with _cli.interruptible():
+    import diffusers
+    import generate
+    import numpy as np
+    import numpy.typing as npt
+    import soundfile
+    import torch
+    import transformers
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from scipy.signal import resample_poly
+    from torch import Tensor
+    from tqdm import tqdm
+
+    import litefocus
+    from litefocus import LiteFocusConfig
+
+Waves = npt.NDArray[np.float32]
+Features = npt.NDArray[np.float64]
+
+
+# ------------------------------------------------------------------------------------------------------- methods
+
+
+class Peer:
+    """A processor that runs self-attention its own way: here not at all. Cross-attention stays with `original`.
+
+    Args:
+        original: the processor that it replaces.
+        freq_bins: frequency bins of the layer's grid.
+        native_frames: latent frames, at the UNet's input, of the length that the model was trained on.
+        input_bins: frequency bins of the UNet's input.
+    """
+
+    def __init__(self, original: Any, freq_bins: int, native_frames: int = NATIVE_FRAMES, input_bins: int = 16) -> None:
+        self.original, self.freq_bins = original, freq_bins
+        self.native = math.ceil(native_frames * freq_bins / input_bins)  # frames, at this layer's level
+
+    def __call__(self, attn: Any, x: Tensor, encoder_hidden_states: Tensor | None = None, **others: Any) -> Tensor:
+        if encoder_hidden_states is not None:
+            return self.original(attn, x, encoder_hidden_states, **others)
+        return self.own(attn, x)
+
+    def own(self, attn: Any, x: Tensor) -> Tensor:
+        """Self-attention over x (batch, tokens, channels)."""
+        return x
+
+    def kept(self, frames: int) -> float:
+        """Share of dense self-attention's arithmetic over a grid of `frames` frames."""
+        return 0.0
+
+
+class Tiles(Peer):
+    """Dense attention in time tiles of native length, as HyperTile has it for images."""
+
+    def own(self, attn: Any, x: Tensor) -> Tensor:
+        """Whole tiles side by side in the batch, then the rest."""
+        size = self.native * self.freq_bins
+        whole = x.shape[1] // size * size
+        parts = []
+        if whole:
+            tiles = x[:, :whole].reshape(-1, size, x.shape[2])
+            parts.append(self.original(attn, tiles).reshape(x.shape[0], whole, -1))
+        if whole < x.shape[1]:
+            parts.append(self.original(attn, x[:, whole:]))
+        return torch.cat(parts, dim=1)
+
+    def kept(self, frames: int) -> float:
+        """Whole tiles and the rest."""
+        return (frames // self.native * self.native**2 + (frames % self.native) ** 2) / frames**2
+
+
+class Merged(Peer):
+    """Half of the tokens merged before self-attention, by tomesd's own functions."""
+
+    def own(self, attn: Any, x: Tensor) -> Tensor:
+        """Matched anew in every layer, as tomesd does."""
+        from tomesd.merge import bipartite_soft_matching_random2d as matching
+
+        tokens = x.shape[1]
+        draw = torch.Generator(x.device).manual_seed(0)
+        width, height = self.freq_bins, tokens // self.freq_bins
+        merge, unmerge = matching(x, width, height, 2, 2, tokens // 2, generator=draw)
+        return unmerge(self.original(attn, merge(x)))
+
+    def kept(self, frames: int) -> float:
+        """Half the queries, half the keys; the matching's own arithmetic is not counted."""
+        return 0.25
+
+
+Method = LiteFocusConfig | type[Peer] | None
+"""LiteFocus with these settings, a peer, or dense attention."""
+
+
+def install(pipe: Any, peer: type[Peer], native_frames: int = NATIVE_FRAMES) -> list[tuple[Any, Any]]:
+    """Put a peer on every self-attention layer of a pipeline, which must not be patched.
+
+    Args:
+        pipe: what `litefocus.patch` accepts without `freq_bins`: with VAE and vocoder, and a UNet of diffusers.
+        peer: its class.
+        native_frames: see `Peer`.
+
+    Returns:
+        (layer, the processor that was there) of every layer.
+    """
+    before = []
+    for row in litefocus.status(pipe).layers:
+        layer = pipe.unet.get_submodule(row.name)
+        before.append((layer, layer.processor))
+        layer.set_processor(peer(layer.processor, row.freq_bins or 0, native_frames))
+    return before
+
+
+@contextlib.contextmanager
+def installed(pipe: Any, method: Method, native_frames: int = NATIVE_FRAMES) -> Iterator[None]:
+    """A `with` block in which the pipeline runs `method`; afterwards it is as it was. Arguments as in `install`."""
+    if method is None:
+        yield
+    elif isinstance(method, LiteFocusConfig):
+        with litefocus.patch(pipe, method):
+            yield
+    else:
+        before = install(pipe, method, native_frames)
+        try:
+            yield
+        finally:
+            for layer, processor in before:
+                layer.set_processor(processor)
+
+
+def flop_ratio(pipe: Any, method: Method, seconds: float, native_frames: int = NATIVE_FRAMES) -> float:
+    """Dense arithmetic of a UNet step / the method's, for a clip of `seconds`: the most that a step can be faster."""
+    if method is None:
+        return 1.0
+    with litefocus.patch(pipe, method) if isinstance(method, LiteFocusConfig) else contextlib.nullcontext():
+        status = litefocus.status(pipe, seconds=seconds)
+    assert status.flops is not None
+    if isinstance(method, LiteFocusConfig):
+        return status.flops.ratio
+    saved = 0.0
+    for row in status.layers:
+        frames, freq_bins = row.frames or 0, row.freq_bins or 0
+        dense = 4 * (frames * freq_bins) ** 2 * pipe.unet.get_submodule(row.name).to_q.out_features
+        saved += dense * (1 - method(None, freq_bins, native_frames).kept(frames))
+    return status.flops.dense / (status.flops.dense - saved)
+
+
+# ----------------------------------------------------------------------------------------------------- embeddings
+
+
+def find_embedder(path: str) -> Callable[[Waves, int], Any]:
+    """What `module:callable` names. Raises ValueError."""
+    folders = (str(Path.cwd()), str(_cli.EMBEDDED.parent / "train"))
+    sys.path += [folder for folder in folders if folder not in sys.path]
+    try:
+        found = pkgutil.resolve_name(path)
+        if ":" not in path or not callable(found):
+            raise TypeError(f"it must be module:callable, and names a {type(found).__name__}")
+        return found
+    except Exception as error:  # importing it runs code of others
+        raise ValueError(f"cannot use embedder {path}: {_cli.first_line(error)}") from error
 
 
 def frechet(one: Features, other: Features) -> float:
@@ -146,7 +304,7 @@ def frechet(one: Features, other: Features) -> float:
     return float(shift @ shift + (x**2).sum() + (y**2).sum() - 2 * np.linalg.norm(x @ y.T, "nuc"))
 
 
-class Ears:
+class Embedder:
     """An embedder, and what it makes of the reference. Raises ValueError where they cannot be used.
 
     rate: the pipeline's sampling rate, which reference sounds are brought down to.
@@ -163,7 +321,7 @@ class Ears:
         try:
             sound, rate = soundfile.read(path, dtype="float32", always_2d=True)
         except soundfile.SoundFileError as error:
-            raise ValueError(f"cannot read {path}: {generate.first_line(error)}") from error
+            raise ValueError(f"cannot read {path}: {_cli.first_line(error)}") from error
         if rate < self.rate:
             raise ValueError(f"{path} has {rate} Hz, the pipeline {self.rate}: its treble would be missing")
         common = math.gcd(rate, self.rate)
@@ -184,7 +342,7 @@ class Ears:
                             f"{found.shape}"
                         )
                 except Exception as error:  # code of others
-                    raise ValueError(f"embedder {self.name}: {generate.first_line(error)}") from error
+                    raise ValueError(f"embedder {self.name}: {_cli.first_line(error)}") from error
                 parts.append(found)
         return np.concatenate(parts) if parts else np.empty((0, 0))
 
@@ -206,15 +364,18 @@ def make(pipe: Any, settings: Row, device: torch.device) -> tuple[Waves, Tensor,
     def after(step: int, timestep: Any, latents: Tensor) -> None:
         made["latents"] = latents
 
-    def run() -> None:
-        made["audio"], _ = generate.generate(pipe, settings, callback=after)
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    started = clock()
+    audio, _ = generate.generate(pipe, settings, callback=after)
+    took = clock() - started
+    return audio, made["latents"].float().cpu(), took
 
-    took = seconds_of(run, device)
-    return made["audio"], made["latents"].float().cpu(), took
+
+# ------------------------------------------------------------------------------------------------ all methods, told
 
 
 def compare(
-    pipe: Any, seconds: float, ears: Ears | None, args: Any, bar: Any
+    pipe: Any, seconds: float, embedder: Embedder | None, args: Any, bar: Any
 ) -> tuple[list[Row], dict[str, list[Waves]]]:
     """A row for every method at one length, and its clips, one for every prompt."""
     hows = {"litefocus": args.config, "paper": LiteFocusConfig.paper(), "time tiles": Tiles, "token merging": Merged}
@@ -253,66 +414,52 @@ def compare(
             errors = {layer.name: layer.errors[settings_of[name]] for layer in layers}
             worst = max(errors, key=lambda layer: errors[layer])
             row |= {"attention": statistics.mean(errors.values()), "worst": errors[worst], "worst_layer": worst}
-        if ears:
-            heard = ears.embed(clips[name])
-            row |= {"frechet": frechet(heard, ears.reference), "windows": len(heard), "notes": ears.notes(len(heard))}
+        if embedder:
+            points = embedder.embed(clips[name])
+            row |= {"frechet": frechet(points, embedder.reference)}
+            row |= {"windows": len(points), "notes": embedder.notes(len(points))}
         rows.append(row)
     return rows, clips
 
 
 def show(rows: list[Row]) -> str:
     """The table of one length."""
-    columns: dict[str, Callable[[Row], str]] = {
-        "method": lambda row: row["method"],
-        "time": lambda row: in_seconds(row["median"]),
-        "speed-up": lambda row: f"{row['ratio']:.2f}x",
-        "at most": lambda row: f"{row['flop_ratio']:.2f}x",
-        "latents": lambda row: f"{row['distance']:.3f}",
-        "of other noise": lambda row: f"{row['distance'] / rows[-1]['distance']:.0%}",
-        "attention": lambda row: f"{row['attention']:.3f}",
-        "worst layer": lambda row: f"{row['worst']:.3f}",
-        **({"Fréchet": lambda row: f"{row['frechet']:.4g}"} if "frechet" in rows[0] else {}),
+    columns = {  # header: what of a row, and how
+        "method": ("method", "{}"),
+        "time": ("median", "{:.3g} s"),
+        "speed-up": ("ratio", "{:.2f}x"),
+        "at most": ("flop_ratio", "{:.2f}x"),
+        "latents": ("distance", "{:.3f}"),
+        "of other noise": ("of_noise", "{:.0%}"),
+        "attention": ("attention", "{:.3f}"),
+        "worst layer": ("worst", "{:.3f}"),
+        **({"Fréchet": ("frechet", "{:.4g}")} if "frechet" in rows[0] else {}),
     }
-
-    def cell(row: Row, text: Callable[[Row], str]) -> str:
-        try:
-            return text(row)
-        except KeyError:  # not measured
-            return ""
-
-    cells = [[cell(row, text) for text in columns.values()] for row in rows]
+    rows = [{**row, "of_noise": row["distance"] / rows[-1]["distance"]} for row in rows]
+    cells = [[form.format(row[name]) if name in row else "" for name, form in columns.values()] for row in rows]
     notes = [f"Note: {note}.\n" for note in rows[0].get("notes", [])]
-    return f"{rows[0]['seconds']:g} s\n\n{table(columns, cells)}{''.join(notes)}"
+    return f"{rows[0]['seconds']:g} s\n\n{_cli.table(columns, cells)}{''.join(notes)}"
 
 
 def plot(rows: list[Row], path: Path) -> None:
     """Distance of final latents to dense attention's against time, a panel for every length."""
     lengths = list(dict.fromkeys(row["seconds"] for row in rows))
-    look = plots.styles(dict.fromkeys(row["method"] for row in rows))
-    timed = [row for row in rows if "median" in row]
-    figure, every = plots.panels(len(lengths), width=4.6, height=4.2)
-    right, top = 1.5 * max(1 / row["ratio"] for row in timed), 1.12 * max(row["distance"] for row in rows)
+    figure = Figure(figsize=(4.6 * len(lengths), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    every = figure.subplots(1, len(lengths), squeeze=False, sharex=True, sharey=True)[0]
     for axes, seconds in zip(every, lengths, strict=True):
-        points = {row["method"]: (1 / row["ratio"], row["distance"]) for row in timed if row["seconds"] == seconds}
-        noise = next(row for row in rows if (row["seconds"], row["method"]) == (seconds, OTHER_NOISE))["distance"]
-        axes.axhline(noise, color="0.4", linestyle="--", linewidth=1)
-        axes.annotate(
-            "dense, other noise",
-            (0.02 * right, noise),
-            xytext=(0, -4),
-            textcoords="offset points",
-            va="top",
-            fontsize=11,
-        )
-        axes.set(xlim=(0, right), ylim=(-0.06 * top, top))
-        axes.set_title(f"{seconds:g} s", fontsize=14)
-        axes.set_xlabel("time of a clip (dense: 1)", fontsize=13)
-        axes.tick_params(labelsize=12)
-        for name, point in points.items():
-            axes.plot(*point, color=look[name][0], marker=look[name][1], markersize=9, linestyle="none", clip_on=False)
-        plots.label_points(axes, points, {name: colour for name, (colour, _) in look.items()}, size=12)
-    every[0].set_ylabel("distance of final latents to dense\n(relative)", fontsize=13)
-    plots.save(figure, path)
+        for row in rows:
+            if row["seconds"] != seconds:
+                continue
+            if row["method"] == OTHER_NOISE:
+                axes.axhline(row["distance"], color="0.4", linestyle="--", linewidth=1, label="dense, other noise")
+            else:
+                axes.plot(1 / row["ratio"], row["distance"], "o", markersize=9, label=row["method"])
+        axes.set(title=f"{seconds:g} s", xlabel="time of a clip (dense: 1)")
+        axes.set_xlim(left=0)
+    every[0].set_ylabel("distance of final latents to dense\n(relative)")
+    figure.legend(*every[0].get_legend_handles_labels(), loc="outside right upper")
+    figure.savefig(path, dpi=110)
 
 
 def page(record: Row, folder: str) -> str:
@@ -341,62 +488,50 @@ def page(record: Row, folder: str) -> str:
 def write(record: Row, output: Path) -> None:
     """The JSON, the picture and the page, each whole or not at all."""
     for suffix, text in ((".json", json.dumps(record, indent=1) + "\n"), (".html", page(record, output.name))):
-        generate.save(beside(output, suffix), lambda whole, text=text: whole.write_text(text, encoding="utf-8"))
-    generate.save(beside(output, ".png"), lambda whole: plot(record["rows"], whole))
+        _cli.save(with_ending(output, suffix), lambda whole, text=text: whole.write_text(text, encoding="utf-8"))
+    _cli.save(with_ending(output, ".png"), lambda whole: plot(record["rows"], whole))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Refuse, or measure, print and write."""
-    parser = generate.Parser(__doc__, conflict_handler="resolve")  # several lengths where the others have one
-    parser.set_defaults(steps=5)
-    add = parser.add_argument
-    add("--prompts", type=Path, metavar="FILE", help=f"one a line (default: {', '.join(PROMPTS)})")
-    lengths = {"dest": "lengths", "nargs": "+", "type": float, "metavar": "S"}
-    add("--seconds", **lengths, default=[10.0, 20.0, 40.0], help="lengths of clips (default: 10 20 40)")
-    add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help="default: all")
-    add("--native", type=float, metavar="S", help="length of time tiles (default: 10.24; embedded pipeline: 5.12)")
-    add("--reference", type=Path, metavar="FOLDER", help="of wav or flac files, for Fréchet distances")
-    add("--embedder", default=EMBEDDER, metavar="MODULE:CALLABLE", help="default: the embedded one, see above")
-    add("--window", type=float, default=5.12, metavar="S", help="that an embedder hears (default: %(default)s)")
-    add("--output", type=Path, default=Path("compare"), metavar="NAME", help="default: %(default)s")
-    args = parser.parse_args(argv)
-    with parser.refusing():
-        check_all(args)
+    args = parse(argv)
+    with _cli.refusing():
+        _cli.complete(args)
+        if args.reference is not None:
+            args.embed = find_embedder(args.embedder)
         pipe, patch = generate.load(args)
         patch.remove()
         rate = pipe.vocoder.config.sampling_rate
-        ears = Ears(args, rate) if args.reference is not None else None
+        embedder = Embedder(args, rate) if args.reference is not None else None
         args.output.mkdir(exist_ok=True)
     pipe.set_progress_bar_config(disable=True)
     for prompt in args.texts:
-        generate.note_unknown_words(pipe, prompt)
+        _cli.note_unknown_words(pipe, prompt)
 
-    args.command = " ".join(["python examples/compare.py", *(sys.argv[1:] if argv is None else argv)])
-    args.threads, args.rounds = torch.get_num_threads(), len(args.texts)
     libraries = (torch, diffusers, transformers, litefocus)
     record: Row = {
-        "model": "the embedded pipeline" if args.model == str(generate.EMBEDDED) else args.model,
+        "model": "the embedded pipeline" if args.model == str(_cli.EMBEDDED) else args.model,
         **{name: getattr(args, name) for name in ("steps", "guidance", "seed", "dtype", "native")},
         "prompts": args.texts,
         "litefocus": asdict(args.config),
-        "measured": environment(args),
+        "measured": f"{_cli.machine(args.device.type)}, {date.today()}",
         "date": str(date.today()),
         "versions": {"python": platform.python_version(), **{of.__name__: of.__version__ for of in libraries}},
         "rows": [],
     }
-    if ears:
-        windows, features = ears.reference.shape
+    if embedder:
+        windows, features = embedder.reference.shape
         record["reference"] = {"folder": str(args.reference), "windows": windows, "seconds": args.window}
         record["embedder"] = {"callable": args.embedder, "features": features}
     print(record["measured"] + "\n")
     with tqdm(total=len(args.lengths) * len(args.texts) * (len(args.methods) + 1), desc="clips") as bar:
         for seconds in args.lengths:
-            rows, clips = compare(pipe, seconds, ears, args, bar)
+            rows, clips = compare(pipe, seconds, embedder, args, bar)
             for row in rows:
                 stem = f"{seconds:g}s-{row['method'].replace(' ', '-')}"
                 row["wavs"] = [f"{stem}-{i}.wav" for i in range(1, len(args.texts) + 1)]
                 for name, clip in zip(row["wavs"], clips[row["method"]], strict=True):
-                    generate.save(args.output / name, lambda whole, clip=clip: soundfile.write(whole, clip, rate))
+                    _cli.save(args.output / name, lambda whole, clip=clip: soundfile.write(whole, clip, rate))
             record["rows"] += rows
             write(record, args.output)
             tqdm.write(show(rows))
@@ -404,5 +539,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with generate.interruptible():
+    with _cli.interruptible():
         main()

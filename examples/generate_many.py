@@ -4,9 +4,9 @@
     python examples/generate_many.py prompts.jsonl --output clips --seconds 60
 
 Prompts are lines of text, or of JSON with "prompt" and, if they differ from the command line's, "seed" and "seconds".
-Every clip is a wav, named after its prompt and a digest of prompt, seed and settings, and a line in records.jsonl: what
-was asked for, how long it took, or why it failed. Run the same command again to go on where it stopped, and to try
-again what failed; other prompts or settings make other files beside those that are there. A clip depends on its
+Every clip is a wav, named after its prompt and a digest of prompt, seed and settings, and a line in records.jsonl: its
+settings, how long it took, or why it failed. Run the same command again to go on where it stopped, and to try
+again what failed; other prompts or settings make further files. A clip depends on its
 prompt, seed and settings alone, not on the number of processes. The exit code is 1 where clips failed.
 """
 
@@ -22,46 +22,69 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from generate import Parser, check, complete, generate, interruptible, load, save
-
-with interruptible():
-    import soundfile
-    from accelerate import PartialState
-    from tqdm import tqdm
+import _cli
 
 RECORDS = "records.jsonl"
 Job = dict[str, Any]
 
 
-def read_jobs(args: argparse.Namespace) -> list[Job]:
-    """What to generate, one record a clip, each clip once. Raises ValueError for the first line that cannot be used."""
-    names = ("seconds", "steps", "guidance", "model", "dtype", "tile_decoding")
-    common = {name: getattr(args, name) for name in names} | {"attention": asdict(args.config)}
-    jobs: dict[str, Job] = {}
-    repeats: Counter[tuple[str, float]] = Counter()
-    for number, line in enumerate(args.prompts.read_text(encoding="utf-8").splitlines(), 1):
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options and, as `args.lines`, what the file of prompts asks for, checked."""
+    parser = _cli.Parser(__doc__)
+    parser.add_argument("prompts", type=Path, help=".txt or .jsonl")
+    parser.add_argument("--output", type=Path, default=Path("clips"), help="folder (default: %(default)s)")
+    args = parser.parse_args(argv)
+    with _cli.refusing():
+        args.lines = read_lines(args.prompts)
+    return args
+
+
+def read_lines(path: Path) -> list[Job]:
+    """What every line asks for: a prompt, perhaps seed and seconds. Raises ValueError for the first bad line."""
+    lines = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip():
             continue
         try:
-            own = json.loads(line) if args.prompts.suffix == ".jsonl" else {"prompt": line.strip()}
+            own = json.loads(line) if path.suffix == ".jsonl" else {"prompt": line.strip()}
             if not isinstance(own, dict) or "prompt" not in own or not own.keys() <= {"prompt", "seed", "seconds"}:
                 raise ValueError('must hold "prompt" and at most "seed", "seconds"')
-            job = {**common, "seed": args.seed, **own}
-            check(job)
+            _cli.check(own)
         except ValueError as error:
-            raise ValueError(f"{args.prompts}, line {number}: {error}") from None
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        lines.append(own)
+    if not lines:
+        raise ValueError(f"{path} holds no prompt")
+    return lines
+
+
+if __name__ == "__main__":
+    parse()  # `--help` and mistakes are answered before the imports below, which take seconds
+
+with _cli.interruptible():
+    import soundfile
+    from accelerate import PartialState
+    from generate import generate, load
+    from tqdm import tqdm
+
+
+def jobs_of(args: argparse.Namespace) -> list[Job]:
+    """What to generate, one record a clip, each clip once."""
+    names = ("seconds", "steps", "guidance", "model", "dtype", "tile_decoding", "seed")
+    common = {name: getattr(args, name) for name in names} | {"attention": asdict(args.config)}
+    jobs: dict[str, Job] = {}
+    repeats: Counter[tuple[str, float]] = Counter()
+    for own in args.lines:
+        job = {**common, **own}
         job["seconds"] = float(job["seconds"])
         if "seed" not in own:  # a prompt that comes again is another clip
             job["seed"] += repeats[job["prompt"], job["seconds"]]
             repeats[job["prompt"], job["seconds"]] += 1
         jobs.setdefault(file_name(job), {"file": file_name(job), **job})
-    if not jobs:
-        raise ValueError(f"{args.prompts} holds no prompt")
     return list(jobs.values())
 
 
@@ -116,7 +139,7 @@ def make(pipe: Any, job: Job, folder: Path) -> Job:
     try:
         audio, _ = generate(pipe, job)
         rate = pipe.vocoder.config.sampling_rate
-        save(folder / job["file"], lambda whole: soundfile.write(whole, audio, rate))
+        _cli.save(folder / job["file"], lambda whole: soundfile.write(whole, audio, rate))
     except Exception as error:  # the others go on
         return {**job, "error": f"{type(error).__name__}: {error}"}
     return {**job, "took": round(time.perf_counter() - started, 3)}
@@ -134,15 +157,12 @@ def watch(file: TextIO, names: set[str], bar: tqdm, records: dict[str, Job]) -> 
         time.sleep(0.2)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv`; the exit code, of the first process that for all of them."""
-    parser = Parser(__doc__)
-    parser.add_argument("prompts", type=Path, help=".txt or .jsonl")
-    parser.add_argument("--output", type=Path, default=Path("clips"), help="folder (default: %(default)s)")
-    args = parser.parse_args(argv)
-    with parser.refusing():
-        complete(args)
-        jobs = read_jobs(args)
+def main(argv: list[str] | None = None) -> int:
+    """Generate what is missing; the exit code, of the first process that for all of them."""
+    args = parse(argv)
+    with _cli.refusing():
+        _cli.complete(args)
+        jobs = jobs_of(args)
         args.output.mkdir(parents=True, exist_ok=True)
         state = PartialState()
         args.device = state.device
@@ -183,5 +203,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with interruptible():
+    with _cli.interruptible():
         sys.exit(main())

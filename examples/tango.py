@@ -8,22 +8,33 @@ Run it in a clone of declare-lab/tango, on current diffusers. Weights (5 GB) com
 
 from __future__ import annotations
 
+import argparse
 import functools
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from generate import DTYPES, Parser, check_output, complete, interruptible, peak_memory, save
+import _cli
 
-with interruptible():
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The options, checked."""
+    parser = _cli.Parser(__doc__, sound="tango.wav")
+    parser.add_argument("prompt", help="what should sound")
+    parser.set_defaults(seconds=60.0, model="declare-lab/tango2", steps=100, guidance=3.0)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse()  # `--help` and mistakes are answered before the imports below, which take seconds
+
+with _cli.interruptible():
     import soundfile
     import torch
 
     import litefocus
 
 
-def mend_imports() -> None:
+def adapt_imports() -> None:
     """Let Tango's code, written for diffusers 0.18 and librosa 0.9, run on current ones, once it is imported."""
     import diffusers.utils
     import diffusers.utils.torch_utils
@@ -74,22 +85,17 @@ def place(tango: Any, device: torch.device, dtype: torch.dtype, offload: bool) -
     tango.model.inference = inference
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Load Tango, set the length, patch, generate, write the wav."""
-    parser = Parser(__doc__)
-    parser.add_argument("prompt", help="what should sound")
-    parser.add_argument("--output", type=Path, default=Path("tango.wav"), help="wav to write (default: %(default)s)")
-    parser.set_defaults(seconds=60.0, model="declare-lab/tango2", steps=100, guidance=3.0)
-    args = parser.parse_args(argv)
-    with parser.refusing():
-        complete(args)
-        check_output(args.output)
+def main(argv: list[str] | None = None) -> None:
+    """Load Tango, set the length, patch, generate, write the clip."""
+    args = parse(argv)
+    with _cli.refusing():
+        _cli.complete(args)
         sys.path.insert(0, "")  # the clone of Tango that this is run in
-        mend_imports()
+        adapt_imports()
         from tango import Tango
 
         tango = Tango(args.model, device=str(torch.device("cpu") if args.offload else args.device))
-        place(tango, args.device, DTYPES[args.dtype], args.offload)
+        place(tango, args.device, getattr(torch, args.dtype), args.offload)
         litefocus.set_duration(tango, args.seconds)
         litefocus.patch(tango, args.config)
         if args.tile_decoding:
@@ -97,12 +103,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     torch.manual_seed(args.seed)  # Tango draws from the global generator
     wave = tango.generate(args.prompt, steps=args.steps, guidance=args.guidance, disable_progress=False)
-    save(args.output, lambda whole: soundfile.write(whole, wave, 16000))
+    _cli.save(args.output, lambda whole: soundfile.write(whole, wave, 16000))
     print(f"wrote {args.output}")
-    if memory := peak_memory():
+    if memory := _cli.peak_memory():
         print(memory)
 
 
 if __name__ == "__main__":
-    with interruptible():
+    with _cli.interruptible():
         main()

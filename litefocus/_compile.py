@@ -1,4 +1,4 @@
-"""Marks by which PyTorch's compiler knows constant functions and static tensors: private names of torch, here alone.
+"""Marks for torch.compile: functions whose result is constant, tensors whose sizes are static. Private names of torch.
 
 The public functions for the same load the whole compiler, which takes 2 s; `import litefocus` must not pay that.
 """

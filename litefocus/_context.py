@@ -1,6 +1,6 @@
-"""What the calls of a UNet show, told to its attention layers: the grid of the latent, and the sample of the step.
+"""Hooks that tell a UNet's attention layers what they cannot see: the size of the latent, and the sample of the step.
 
-Attention layers see (batch, tokens, channels) alone. Clients call `unet(...)`, `unet.forward(...)`, or walk over the
+They see (batch, tokens, channels) alone. Clients call `unet(...)`, `unet.forward(...)`, or walk over the
 blocks themselves; all of them pass the modules that are hooked here. The first convolution gets the latent, which shows
 the grid; the modules of the time embedding get the timestep; the last convolution ends the call.
 """
@@ -23,24 +23,24 @@ from litefocus._compile import assume_constant_result
 from litefocus._grid import Grid, halved
 from litefocus.focus import FocusSet, FreqAxis
 
-GRIDS_KEPT = 8  # grids of past calls, to which layers belong that run once more in a backward pass
+SIZES_KEPT = 8  # sizes of past calls, by which a layer that runs again in a backward pass finds its grid
 
 
 class Call(NamedTuple):
     """A call of a UNet that runs in this thread.
 
-    grid: (num_frames, freq_bins) of the latent. sample: index of every layer's sample, an int, or a scalar tensor
-    where reading it would stall a GPU. grids: of the patch that counted when it began. number: of the UNet's calls.
+    size: (num_frames, freq_bins) of the latent. sample: hash of the timestep, a scalar tensor on a GPU, where reading
+    it would wait for the device. grids: those of the patch in force when it began. number: of the call, counted from 1.
     """
 
-    grid: tuple[int, int]
+    size: tuple[int, int]
     sample: int | Tensor
     grids: Mapping[str, Grid]
     number: int
 
 
 class _Thread(threading.local):
-    """Of every context: the call that runs, and what was noted for the one that is about to begin."""
+    """Of one thread: the running call of every context, and what its hooks have noted for the next one."""
 
     def __init__(self) -> None:
         self.calls: weakref.WeakKeyDictionary[Context, Call] = weakref.WeakKeyDictionary()
@@ -55,12 +55,12 @@ class Context:
     """What the layers of one UNet have in common. Each layer refers to it, also where it is moved out of the UNet.
 
     Attributes:
-        grids: of the patch that counts, by the layers' names; empty where there is none.
+        grids: of the patch in force, by the layers' names; empty where there is none.
         freq_bins: that the latent must have; None where any number will do.
         freq_axis: "width" or "height".
         verb: "patched" or "probed", for messages.
         started, finished: number of the last call that began, and of the last that came to its end.
-        seen: grids of the calls so far, the newest last.
+        sizes: (num_frames, freq_bins) of the calls so far, the newest last.
     """
 
     def __init__(self, freq_axis: FreqAxis = "width", freq_bins: int | None = None, verb: str = "patched") -> None:
@@ -69,7 +69,7 @@ class Context:
         self.freq_bins = freq_bins
         self.verb = verb
         self.started = self.finished = 0
-        self.seen: list[tuple[int, int]] = []
+        self.sizes: list[tuple[int, int]] = []
         self._hooks: list[RemovableHandle] = []
 
     @property
@@ -109,14 +109,14 @@ class Context:
 
     def _note_timestep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if not torch.compiler.is_compiling() and args:
-            _thread.samples[self] = sample_index(args[0])
+            _thread.samples[self] = timestep_hash(args[0])
 
     def _note_embedding(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """The authors' UNets embed the timestep in a function: sinusoids (batch, channels), cosines before sines."""
         if not torch.compiler.is_compiling() and args and args[0].numel():
-            cosines, sines = args[0].detach()[0].double().chunk(2)
+            cosines, sines = args[0].detach()[0].float().chunk(2)
             timestep = torch.atan2(sines[-1], cosines[-1]) * 10000 ** (1 - 1 / len(cosines))  # by the lowest frequency
-            _thread.samples[self] = sample_index((timestep * 8).round() / 8)
+            _thread.samples[self] = timestep_hash((timestep * 8).round() / 8)
 
     def _begin(self, convolution: nn.Module, args: tuple[Any, ...]) -> None:
         """A call begins. Raises ValueError for another number of bins than asked for."""
@@ -153,16 +153,16 @@ class Context:
         if not torch.compiler.is_compiling():
             _thread.calls.pop(self, None)
 
-    def came_to(self, grid: Grid, compiling: bool = False) -> Call | None:
+    def record_call(self, grid: Grid, compiling: bool = False) -> Call | None:
         """Note that the call that runs has come to a layer, and return it."""
         call = self.call
         grid.last_call = max(grid.last_call, math.inf if compiling else call.number if call else 0)
         return call
 
-    def grid_of(self, tokens: int, grid: Grid) -> tuple[int, int] | None:
-        """(num_frames, freq_bins) of a layer's call; None, with the reason in `grid.why_dense`, where it is another."""
+    def layer_size(self, tokens: int, grid: Grid) -> tuple[int, int] | None:
+        """(num_frames, freq_bins) of a layer's call; None, and the reason in `grid.why_dense`, for other tokens."""
         call = self.call
-        known = self.seen[::-1] if call is None else [call.grid]
+        known = self.sizes[::-1] if call is None else [call.size]
         for size in known:
             num_frames, freq_bins = (halved(each, grid.level) for each in size)
             if num_frames * freq_bins == tokens:
@@ -179,8 +179,8 @@ class Context:
 def _remember(context: Context, num_frames: int, freq_bins: int) -> None:
     """What a compiler runs, too, when it traces the UNet, before it comes to its layers."""
     _thread.calls.pop(context, None)  # a call that was interrupted is not this one
-    context.seen = [*(grid for grid in context.seen if grid != (num_frames, freq_bins)), (num_frames, freq_bins)]
-    del context.seen[:-GRIDS_KEPT]
+    context.sizes = [*(grid for grid in context.sizes if grid != (num_frames, freq_bins)), (num_frames, freq_bins)]
+    del context.sizes[:-SIZES_KEPT]
 
 
 class PatchedLayer(NamedTuple):
@@ -195,7 +195,7 @@ class PatchedLayer(NamedTuple):
 
     @property
     def grid(self) -> Grid | None:
-        """The layer's grid under the patch that counts, in a call that runs the one that counted when it began."""
+        """Of the patch in force when the running call began, or else of the one in force now; None without any."""
         grids = self.context.grids
         call = self.context.call if grids and not torch.compiler.is_compiling() else None
         return (grids if call is None else call.grids).get(self.name)
@@ -208,14 +208,14 @@ def focus_set_for(grid: Grid, context: Context, tokens: int, device: torch.devic
     A constant to the compiler, which so needs neither to look into the cache nor to guard it. Compiled code keeps the
     layer's first sample for all steps.
     """
-    call = context.came_to(grid, compiling)
-    size = context.grid_of(tokens, grid)
+    call = context.record_call(grid, compiling)
+    size = context.layer_size(tokens, grid)
     if size is None or grid.keys_kept(*size) == 1:
         return None
     return grid.focus_set(*size, device, call.sample if call and not compiling else 0)
 
 
-def sample_index(timestep: Any) -> int | Tensor:
+def timestep_hash(timestep: Any) -> int | Tensor:
     """Which of a layer's samples belongs to a step: the hash of its timestep, so that regular steps use all of them.
 
     timestep: a number, or a tensor of which the first element counts. On a GPU it is not read, which would wait for the
@@ -236,7 +236,7 @@ def sample_index(timestep: Any) -> int | Tensor:
             except RuntimeError:  # under vmap or make_fx
                 return 0
     if isinstance(timestep, Tensor):
-        return _hash((timestep.double() * 1024).long() & 0xFFFFFFFF)
+        return _hash((timestep.float() * 1024).long() & 0xFFFFFFFF)  # float32: MPS has no other
     if isinstance(timestep, (int, float)) and math.isfinite(timestep):
         return _hash(int(timestep * 1024) & 0xFFFFFFFF)
     return 0

@@ -2,8 +2,8 @@
 
 A vocoder is convolutions alone: tiles that overlap by their reach yield what the whole clip yields. A VAE decoder also
 has group norms over the whole clip. So its tiles are decoded twice, first to accumulate the moments of every group
-norm, then with them, and neighbours are cross-faded. What is left of the difference is the error of these moments, and
-attention in the middle block of published decoders, which sees one tile at a time.
+norm, then with them, and neighbours are cross-faded. Two differences from decoding the whole clip remain: the moments
+are estimates, and attention in the middle block sees one tile.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import inspect
 import itertools
 import math
 import warnings
-import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from litefocus._registry import Handle, Setting, current
-from litefocus._target import vae_and_vocoder, waveform_makers
+from litefocus._target import LatentGeometry, latent_geometry, vae_and_vocoder, waveform_makers
 
 COMPILED = (
     "the VAE's decoder is compiled, and in tiles it would be compiled anew for every length of clip; "
@@ -37,8 +36,8 @@ def tile_decoding(pipe: Any, seconds: float = 10.24, overlap: float = 0.64) -> T
     """Decode long clips in tiles of time, in place: memory is that of one tile of one clip.
 
     Clips of up to one tile are decoded as before, to the bit. Longer ones differ in the vocoder by rounding, in the VAE
-    by less than 0.02 nats of log-mel on average, and take the VAE twice as long. Where gradients of the latents are
-    asked for, clips are decoded whole.
+    by less than 0.02 nats of log-mel on average, and take the VAE twice as long. While autograd records, because the
+    latents or the weights require gradients, clips are decoded whole.
 
     What the pipeline calls is tiled: `vae.decode`, and `mel_spectrogram_to_waveform` or `decode_to_waveform`. A vocoder
     that is called directly is not. Tiling again replaces the settings; `with litefocus.tile_decoding(pipe):` tiles for
@@ -72,8 +71,8 @@ def tile_decoding(pipe: Any, seconds: float = 10.24, overlap: float = 0.64) -> T
     for name, value in (("seconds", seconds), ("overlap", overlap)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
-    shape, makers = decoder_shape(pipe), waveform_makers(pipe)
-    if shape is None or not makers:
+    geometry, makers, vae = latent_geometry(pipe), waveform_makers(pipe), vae_and_vocoder(pipe)[0]
+    if geometry is None or geometry.mel_frame is None or not makers or not hasattr(vae, "decode"):
         raise TypeError(
             f"got {'None' if pipe is None else f'an object of type {type(pipe).__name__}'}, which has no VAE and "
             "HiFi-GAN vocoder that litefocus knows; tile_decoding takes AudioLDM, AudioLDM 2 and MusicLDM pipelines of "
@@ -81,18 +80,19 @@ def tile_decoding(pipe: Any, seconds: float = 10.24, overlap: float = 0.64) -> T
         )
     if not (math.isfinite(overlap) and overlap >= 0):
         raise ValueError(f"overlap must be finite and at least 0 seconds, got {overlap!r}")
-    frame = shape.latent_frame
+    frame = geometry.latent_frame
     if not (math.isfinite(seconds) and round(seconds / frame) >= max(1, 4 * round(overlap / frame))):
         raise ValueError(
             f"seconds must be finite, at least one latent frame ({frame:g} s) and at least four times the overlap "
             f"({overlap:g} s), got {seconds!r}"
         )
-    vae = vae_and_vocoder(pipe)[0]
     if _is_compiled(vae):
         raise ValueError(COMPILED)
     modules = {id(owner): owner for owner in (vae, *(owner for owner, _ in makers))}
     methods = ("decode", *(name for _, name in makers))
-    return TiledDecoding(type(pipe).__name__, Tiles(float(seconds), float(overlap), shape, methods), *modules.values())
+    return TiledDecoding(
+        type(pipe).__name__, Tiles(float(seconds), float(overlap), geometry, methods), *modules.values()
+    )
 
 
 def tiles_of(pipe: Any) -> Tiles | None:
@@ -100,43 +100,6 @@ def tiles_of(pipe: Any) -> Tiles | None:
     owners = [vae_and_vocoder(pipe)[0], *(owner for owner, _ in waveform_makers(pipe))]
     tiles = [current(owner, "tiles") for owner in owners]
     return None if None in tiles else tiles[0]
-
-
-class DecoderShape(NamedTuple):
-    """What tiles must know of a VAE and a vocoder.
-
-    latent_frame, mel_frame: seconds of a frame. hop: samples of a mel frame. reach: mel frames on either side that a
-    sample depends on.
-    """
-
-    latent_frame: float
-    mel_frame: float
-    hop: int
-    reach: int
-
-
-def decoder_shape(pipe: Any) -> DecoderShape | None:
-    """Of VAE and vocoder of `pipe`; None if they are of other kinds than we know."""
-    vae, vocoder = vae_and_vocoder(pipe)
-    try:
-        levels = len(vae.config.block_out_channels) if hasattr(vae, "config") else vae.decoder.num_resolutions
-        ours = hasattr(vocoder, "upsampler")  # of transformers, not of the authors
-        ups, config = (vocoder.upsampler, vocoder.config) if ours else (vocoder.ups, vocoder.h)
-        block = max(sum(_reach(conv) for conv in block.modules()) for block in vocoder.resblocks)
-        reach = _reach(vocoder.conv_post)
-        for up in reversed(ups):
-            reach = math.ceil((reach + block + up.kernel_size[0]) / up.stride[0])
-        reach += _reach(vocoder.conv_pre)
-        hop = math.prod(up.stride[0] for up in ups)
-        mel_frame = hop / config.sampling_rate
-    except (AttributeError, ValueError):
-        return None
-    return DecoderShape(mel_frame * 2 ** (levels - 1), mel_frame, hop, reach) if hasattr(vae, "decode") else None
-
-
-def _reach(conv: Any) -> int:
-    """Samples on either side that a convolution sees; 0 for other modules."""
-    return conv.dilation[0] * (conv.kernel_size[0] - 1) // 2 if isinstance(conv, nn.Conv1d) else 0
 
 
 def decoding_bytes(pipe: Any, seconds: float, tiles: tuple[float, float] | None = None) -> int | None:
@@ -147,15 +110,15 @@ def decoding_bytes(pipe: Any, seconds: float, tiles: tuple[float, float] | None 
     From the widths of VAE and vocoder: the tensors that live at once where these are widest. What convolutions need
     while they run comes on top.
     """
-    shape = decoder_shape(pipe)
-    if shape is None:
+    geometry = latent_geometry(pipe)
+    if geometry is None or geometry.mel_frame is None:
         return None
     vae, vocoder = vae_and_vocoder(pipe)
-    mels, frames = seconds / shape.mel_frame, seconds / shape.latent_frame
+    mels, frames = seconds / geometry.mel_frame, seconds / geometry.latent_frame
     if tiles is not None and seconds > tiles[0]:
         share = seconds / math.ceil(seconds / tiles[0])
-        mels, frames = share / shape.mel_frame + 2 * shape.reach, (share + 2 * tiles[1]) / shape.latent_frame
-    scale, bins = round(shape.latent_frame / shape.mel_frame), vocoder.conv_pre.in_channels
+        mels, frames = share / geometry.mel_frame + 2 * geometry.reach, (share + 2 * tiles[1]) / geometry.latent_frame
+    scale, bins = geometry.vae_scale_factor, vocoder.conv_pre.in_channels
     if hasattr(vae, "config"):
         numbers = 3 * vae.decoder.up_blocks[-1].resnets[0].in_channels * bins * frames * scale
     else:  # the authors' code has x and sigmoid(x) in memory, and all scores of its attention, twice
@@ -177,16 +140,16 @@ def _is_compiled(vae: Any) -> bool:
 
 @dataclasses.dataclass(eq=False)
 class Tiles(Setting):
-    """What one `tile_decoding` asked for. shape: of VAE and vocoder. methods: that are tiled, of whichever object."""
+    """Arguments of one `tile_decoding`. geometry: of the model. methods: names of the methods to wrap."""
 
     kind = "tiles"
     seconds: float
     overlap: float
-    shape: DecoderShape
+    geometry: LatentGeometry
     methods: tuple[str, ...]
 
     def install(self, module: Any) -> None:
-        """Put ours in the place of its methods, around what others have put there. The newest of ours tiles."""
+        """Wrap the methods, around whatever wraps them already. Only the wrapper in `_litefocus_tiled` tiles."""
         ours = vars(module).setdefault("_litefocus_tiled", {})
         for method in self.methods:
             if callable(getattr(module, method, None)):
@@ -195,14 +158,20 @@ class Tiles(Setting):
                 vars(module)[method] = ours[method]
 
     def uninstall(self, module: Any) -> None:
-        """Put back what was there; one of ours that others have wrapped decodes whole."""
+        """Unwrap the methods. A wrapper that something else has wrapped since stays, and decodes whole."""
         for method, ours in vars(module).pop("_litefocus_tiled").items():
             if vars(module).get(method) is ours:
                 del vars(module)[method]
                 if ours.original is not None:
                     vars(module)[method] = ours.original
 
-    def spans(self, frames: int, longest: int, overlap: int) -> tuple[list[tuple[int, int, int]], int]:
+    def longest(self, method: str) -> int:
+        """Frames of a tile at most, in the input of a method."""
+        frames = self.seconds / self.geometry.latent_frame
+        return round(frames if method == "decode" else frames * self.geometry.vae_scale_factor)
+
+    @staticmethod
+    def spans(frames: int, longest: int, overlap: int) -> tuple[list[tuple[int, int, int]], int]:
         """(first frame to put in, start and stop of its own part) for every tile, and how many frames to put in."""
         count = math.ceil(frames / longest)
         window = min(frames, math.ceil(frames / count) + 2 * overlap)
@@ -214,8 +183,8 @@ class Tiles(Setting):
 
         mels: (batch, 1, frames, bins) or (batch, frames, bins). Returns tensors or arrays, as `call` does.
         """
-        frames, hop = mels.shape[-2], self.shape.hop
-        spans, window = self.spans(frames, round(self.seconds / self.shape.mel_frame), self.shape.reach)
+        frames, hop = mels.shape[-2], self.geometry.hop
+        spans, window = self.spans(frames, self.longest("waveform"), self.geometry.reach)
         waves: list[Any] = []
         for clip in torch.split(mels, 1):  # a batch would take the memory of as many tiles
             parts: list[Any] = []
@@ -246,8 +215,8 @@ class Tiles(Setting):
 
     def _mels_of_one(self, decode: Callable[[Tensor], Tensor], clip: Tensor) -> Tensor:
         """(1, channels, frames of the mel spectrogram, bins), on the CPU."""
-        frames, overlap = clip.shape[-2], round(self.overlap / self.shape.latent_frame)
-        spans, window = self.spans(frames, round(self.seconds / self.shape.latent_frame), overlap)
+        frames, overlap = clip.shape[-2], round(self.overlap / self.geometry.latent_frame)
+        spans, window = self.spans(frames, self.longest("decode"), overlap)
         norms = _ClipNorms(frames, window)
         with torch.no_grad():
             for first, start, stop in spans:
@@ -294,7 +263,7 @@ class TiledDecoding(Handle):
         self._owner, self._tiles = owner, tiles
 
     def __repr__(self) -> str:
-        counts = any(current(module, "tiles") is self._tiles for module in self._in_place())
+        counts = any(current(module, "tiles") is self._tiles for module in self._alive())
         return (
             f"<{type(self).__name__} of {self._owner}: tiles of {self._tiles.seconds:g} s + {self._tiles.overlap:g} s "
             f"on either side, {'in force' if counts else 'not in force'}>"
@@ -302,40 +271,35 @@ class TiledDecoding(Handle):
 
 
 class _Tiled:
-    """Stands for a method of an object, and calls it tile by tile.
+    """A method's wrapper that calls it tile by tile; the wrapped object keeps it.
 
-    The object keeps it, and it refers to the object weakly. When its tiles are gone, or another stands for the method,
-    it calls the method once: whoever has wrapped or kept it meanwhile can go on calling it.
+    Without tiles in force, or where a newer wrapper is in its place, it calls the method once.
     """
 
     def __init__(self, module: Any, method: str) -> None:
-        self._module = weakref.ref(module)
-        self.method = method
+        self.module, self.method = module, method
         self.original = vars(module).get(method)  # None: the method of the class
         parameters = inspect.signature(getattr(module, method)).parameters
         self.argument = next(iter(parameters))
         self.saves_files = "save" in parameters  # audioldm2's mel_spectrogram_to_waveform, at every call
 
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_module": self._module()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copied or unpickled object has one of its own."""
-        vars(self).update(state, _module=weakref.ref(state["_module"]))
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the method returns, of the same type and on the same device. Time is the last axis but one."""
-        module = self._module()
+        module = self.module
         call = functools.partial(getattr(type(module), self.method), module) if self.original is None else self.original
         tiles: Tiles | None = current(module, "tiles")
         x = args[0] if args else kwargs.get(self.argument)
         if tiles is None or x is None or vars(module)["_litefocus_tiled"].get(self.method) is not self:
             return call(*args, **kwargs)
         of_vae = self.method == "decode"
-        longest = round(tiles.seconds / (tiles.shape.latent_frame if of_vae else tiles.shape.mel_frame))
-        # gradients would need every tile's memory, and the moments' too
-        differentiable = x.requires_grad and torch.is_grad_enabled()
-        if x.shape[-2] <= longest or differentiable or (self.saves_files and kwargs.get("save", True)):
+        # a graph would keep every tile in memory, and tiles take the moments of group norms as constants
+        weights = module.parameters() if of_vae else ()
+        differentiable = torch.is_grad_enabled() and (x.requires_grad or any(each.requires_grad for each in weights))
+        if (
+            x.shape[-2] <= tiles.longest(self.method)
+            or differentiable
+            or (self.saves_files and kwargs.get("save", True))
+        ):
             return call(*args, **kwargs)
         if of_vae and _is_compiled(module):
             warnings.warn(f"decoding the whole clip at once: {COMPILED}", stacklevel=2)
@@ -345,9 +309,9 @@ class _Tiled:
 
 
 class _ClipNorms(TorchFunctionMode):
-    """While tiles of one clip are decoded in turn: every group norm's moments over the clip.
+    """Replaces F.group_norm while a clip is decoded in tiles: accumulates each norm's moments, then normalizes by them.
 
-    Seen in the order of calls, which is that of layers. A mode is of one thread: others decode with their own.
+    Norms are told apart by the order of calls. A torch-function mode acts on its own thread alone.
     """
 
     def __init__(self, frames: int, window: int) -> None:
@@ -356,12 +320,12 @@ class _ClipNorms(TorchFunctionMode):
         self.moments: dict[int, Tensor] = {}  # (2, groups): mean, mean of squares
 
     def accumulate(self, start: int, stop: int) -> _ClipNorms:
-        """While one tile is decoded, whose own part is frames start to stop of it: accumulate its moments."""
+        """For one tile: use its own moments, and add those of its frames start to stop to the clip's."""
         self.start, self.stop, self.calls = start, stop, 0
         return self
 
     def normalize(self) -> _ClipNorms:
-        """While one tile is decoded: normalize by the moments that were accumulated."""
+        """For one tile: normalize by the moments that were accumulated."""
         return self.accumulate(0, 0)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:

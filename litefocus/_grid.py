@@ -13,11 +13,11 @@ from litefocus._compile import mark_static
 from litefocus.config import LiteFocusConfig, checked_config, positive_integer
 from litefocus.focus import FocusSet, FreqAxis, check_freq_axis, focus_set, keys_per_query
 
-# Keys that every query must save for a focus call to be cheaper than the dense one, which it is not where gathering
-# takes longer than what it saves: at 2 bins, 29 saved keys cost 18 % more time and 57 take 16 % less (one CPU thread).
+# A focus call that saves fewer keys a query than this is slower than a dense one, since gathering costs time too: at 2
+# bins, 29 saved keys cost 18 % more time and 57 take 16 % less (one CPU thread).
 MIN_KEYS_SAVED = 48
 
-# Samples of a layer, of which a step uses one: with weights, the errors of steps with different samples average out.
+# Samples of a layer. Steps alternate between them, so that their errors average out.
 NUM_SAMPLES = 4
 
 LENGTHS_KEPT = 4  # clip lengths whose focus sets a layer keeps, so that a few can alternate without rebuilding
@@ -36,8 +36,8 @@ class Grid:
 
     Attributes:
         why_dense: why the last call that could have focused did not: tokens of another number, or a mask.
-        last_call: number of the UNet's last call that came to the layer; infinite once a compiler has traced it, as no
-            more shows then.
+        last_call: number of the last UNet call that reached the layer; infinite once it is compiled, when calls no
+            longer show.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ class Grid:
             if type(built.sets[0].inverse) is not torch.Tensor:
                 return built.sets[0]  # made while a tracer looks on: of no use outside
             free = [key for key, others in list(self._built.items()) if not others.captured]
-            for oldest in free[: 1 - LENGTHS_KEPT]:
-                self._built.pop(oldest, None)  # default: another thread may have been faster
+            for evicted in free[: 1 - LENGTHS_KEPT]:
+                self._built.pop(evicted, None)  # default: another thread may have been faster
             self._built[key] = built
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             built.captured = True
@@ -99,9 +99,9 @@ class Grid:
     def _build(self, num_frames: int, freq_bins: int, device: torch.device) -> Iterator[FocusSet]:
         """The layer's samples, which share everything but their keys."""
         first: FocusSet | None = None
-        for draw in range(self.num_samples):
+        for sample in range(self.num_samples):
             focus = focus_set(
-                num_frames, freq_bins, self.local_config, layer=self.name, freq_axis=self.freq_axis, draw=draw
+                num_frames, freq_bins, self.local_config, layer=self.name, freq_axis=self.freq_axis, sample=sample
             )
             if first is not None:
                 focus = replace(first, keys=focus.keys)

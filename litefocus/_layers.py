@@ -32,7 +32,7 @@ PLAIN_PROCESSORS = {
     "XFormersCrossAttnProcessor",
     "XLAFlashAttnProcessor2_0",
 }
-# Modules whose functions replace a layer's `forward` and call the one before.
+# Modules whose functions replace a layer's `forward` and call the replaced one.
 FORWARD_HOOKS = {"accelerate.hooks", "diffusers.hooks.hooks"}
 
 
@@ -46,9 +46,9 @@ class Layer:
 
 
 def unwrapped(module: Any) -> Any:
-    """The module inside of compilers', checkpointing's and distributed training's wrappers."""
-    while isinstance(module, nn.Module) and not WRAPPED.isdisjoint(module._modules.keys()):
-        module = next(inner for name, inner in module._modules.items() if name in WRAPPED)
+    """The module inside of wrappers (torch.compile, activation checkpointing, FSDP, DDP): their only child."""
+    while isinstance(module, nn.Module) and len(module._modules) == 1 and not WRAPPED.isdisjoint(module._modules):
+        (module,) = module._modules.values()
     return module
 
 
@@ -104,11 +104,10 @@ def _holds(layer: nn.Module, name: str) -> bool:
 def self_attention_layers(unet: nn.Module) -> list[Layer]:
     """The attention layers that are called without encoder states, in the UNet's order.
 
-    Whether a call is self-attention shows only when it comes. Here the layers are found that can be: keys are projected
-    from as many channels as queries are. `is_cross_attention` alone does not tell: AudioLDM's attn2 says True and is
-    self-attention, as its UNet sets cross_attention_dim to its own widths. Where the encoder's width equals a layer's
-    by chance, other layers of the same UNet show that there is an encoder, and the layer, or before diffusers 0.25 the
-    transformer around it, whether it was built for one.
+    A layer is one if `to_k` takes as many channels as `to_q`. `is_cross_attention` does not tell: AudioLDM's attn2 has
+    it and attends to itself. If some layers of a UNet take encoder states, then one whose encoder has its own width by
+    chance is told by what it says that it was built for, or by the config of the transformer around it (the old
+    diffusers that Mustango ships).
     """
     found, for_encoder = [], set()
     for prefix, block, level in blocks(unet):
@@ -130,7 +129,7 @@ def self_attention_layers(unet: nn.Module) -> list[Layer]:
 
 def _is_attention(module: Any) -> bool:
     """Whether `module` has a processor, or the attributes of CompVis' attention, called as layer(x, context, mask)."""
-    if "to_q" not in module._modules or "to_k" not in module._modules:  # most: in a UNet of thousands this counts
+    if "to_q" not in module._modules or "to_k" not in module._modules:  # cheap test first: most modules are none
         return False
     compvis = all(hasattr(module, name) for name in ("to_v", "to_out", "scale"))
     return hasattr(module, "set_processor") or (compvis and (hasattr(module, "heads") or hasattr(module, "n_heads")))
@@ -166,21 +165,20 @@ def count_reasons(reasons: list[str | None]) -> str:
 
 
 def left_dense(attn: Any) -> str | None:
-    """Why `patch` leaves a layer dense. None where it does not, also where something has wrapped ours since.
+    """Why `patch` leaves a layer dense; None if it does not.
 
-    That something leads to ours is known by the last call alone.
+    A patched layer that something has wrapped since counts as patched, unless the UNet's last call did not reach it.
     """
     layer = patched(attn)
-    known_to_pass = layer is not None and layer.grid is not None and layer.grid.last_call < layer.context.finished
-    return None if layer is not None and not known_to_pass else obstacle(attn)
+    bypassed = layer is not None and layer.grid is not None and layer.grid.last_call < layer.context.finished
+    return obstacle(attn) if layer is None or bypassed else None
 
 
 def obstacle(attn: Any) -> str | None:
-    """Why no processor of ours can be put on a layer, or why none is reached there; None for a plain layer.
+    """Why LiteFocus cannot replace a layer's attention; None for a plain layer.
 
-    A plain layer runs the `forward` of its class, directly or behind hooks of accelerate, diffusers or a compiler. That
-    of diffusers leads to its processor, which must be one that attends and does nothing else; that of the authors'
-    `CrossAttention` attends itself.
+    A plain layer runs the `forward` of its class, maybe behind hooks of accelerate, diffusers or a compiler, and that
+    does nothing but attend: by one of PLAIN_PROCESSORS, or as CompVis' CrossAttention.
     """
     compvis = not hasattr(attn, "set_processor")
     forward = _forward_behind_hooks(attn)
@@ -228,7 +226,7 @@ def _name(thing: Any) -> str:
 
 
 def install(layer: Layer, context: Context) -> None:
-    """Make a plain layer go through a processor of ours. One that is patched already and wrapped since stays so."""
+    """Put LiteFocus on a plain layer. A patched layer that was wrapped since keeps its wrapper."""
     attn, before = layer.attn, patched(layer.attn)
     if obstacle(attn) is not None:
         if before is not None:
@@ -249,7 +247,7 @@ def install(layer: Layer, context: Context) -> None:
 
 
 def uninstall(attn: Any) -> None:
-    """Put back what was on a layer before it was patched; harmless on any other module."""
+    """Put back a layer's processor or class as it was before. Does nothing to a module without LiteFocus."""
     layer = vars(attn).pop("_litefocus", None)
     if isinstance(attn, FocusedForward):
         kind: Any = type(attn)
@@ -261,7 +259,7 @@ def uninstall(attn: Any) -> None:
 
 
 def overwritten(attn: Any) -> bool:
-    """Whether a plain processor has taken the place of ours on a patched layer: those call no other."""
+    """Whether a plain processor has replaced LiteFocus' on a patched layer: plain ones call no other."""
     name = type(getattr(attn, "processor", None)).__name__
     return patched(attn) is not None and name in PLAIN_PROCESSORS
 

@@ -24,7 +24,7 @@ from litefocus._layers import (
 from litefocus._probe import probing
 from litefocus._registry import Handle, Setting, clear
 from litefocus._status import Status, status_of
-from litefocus._target import Target, resolve, settings_of, warn_of_known_problems
+from litefocus._target import Target, owners_of_settings, resolve, warn_of_known_problems
 from litefocus.config import ConfigOptions, LiteFocusConfig, merged_config, shows_options
 from litefocus.focus import FreqAxis
 
@@ -43,19 +43,19 @@ def patch(
 ) -> Patch:
     """Restrict the self-attention of a text-to-audio pipeline to focus sets, in place.
 
-    A patch stays until it is removed, or until the next one replaces it. `with litefocus.patch(pipe):` patches for the
-    block alone; what counted before counts again when the block ends, and patches made inside of the block end with it.
-    Patches never stack: the newest counts. Pipelines and threads that share a UNet share its patches, so a server
-    patches once at start-up, not per request. A call that runs while the first patch comes or the last one goes is part
-    dense.
+    The newest patch alone is in force; when it is removed, the one before is in force again. `with
+    litefocus.patch(pipe):` patches for the block: at its end it is removed, with all patches made inside. Pipelines and
+    threads that share a UNet share its patches, so patch once at start-up, not per request. If the first patch comes or
+    the last one goes during a call, some layers of that call run dense.
 
-    A layer is patched if its processor is one of diffusers' plain ones and its `forward` leads there. Every other layer
-    stays dense and runs its own code: a warning names it, and `status` does.
+    A layer is patched if it does nothing but attend: by one of diffusers' own processors (PLAIN_PROCESSORS in
+    _layers.py) or as CompVis' CrossAttention, with the `forward` of its class. Every other layer stays dense and runs
+    its own code: a warning says how many and why, `status` says which.
 
-    All elements of a batch use the samples of the first one's timestep. Compiled, traced and exported code, and calls
-    that record gradients, use the first sample at every step; so do calls that an input with `requires_grad` enters
-    without grad mode, as in a reentrant checkpoint. A checkpointed function that concatenates its inputs before it
-    calls the UNet hides that, and should be checkpointed with `use_reentrant=False`.
+    All elements of a batch use the sample of the first one's timestep. Compiled, traced and exported code uses one
+    sample at every step, and so do calls that record gradients, reentrant checkpoints included. Such a checkpoint is
+    recognised by a UNet input with `requires_grad`; where none has it, checkpoint with `use_reentrant=False`. With
+    gradient checkpointing, call `backward()` inside of the `with` block too: layers run again there.
 
     Args:
         pipe: an AudioLDM, AudioLDM 2 or MusicLDM pipeline of diffusers, a Tango, Tango 2, Mustango or ConsistencyTTA
@@ -121,11 +121,10 @@ def patch_with(
 
 
 def unpatch(pipe: Any) -> None:
-    """Put back every processor that LiteFocus replaced, the same objects. Harmless where nothing is patched.
+    """Remove everything that litefocus put on a pipeline: patches, also of running blocks, tiles, and Tango's length.
 
-    Every patch is removed, also those of blocks that still run, and with them the tiles of `tile_decoding` and the
-    length of `set_duration`. Layers that something else has overwritten since are left as they are. What has wrapped a
-    processor of ours keeps it, and it calls the one that it replaced.
+    Layers get back the same processor objects. A processor that was set after `patch` stays. One that wraps LiteFocus'
+    goes on wrapping it, and calls the original through it. Harmless where nothing is patched.
 
     Args:
         pipe: what `patch`, `tile_decoding` and `set_duration` accept.
@@ -141,7 +140,7 @@ def unpatch(pipe: Any) -> None:
     >>> litefocus.status(pipe).config is None
     True
     """
-    for module in settings_of(pipe):
+    for module in owners_of_settings(pipe):
         for kind in ("patch", "tiles", "duration"):
             clear(module, kind)
         if isinstance(module, nn.Module):

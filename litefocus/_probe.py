@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 QUERIES = 64  # of every call whose scores are looked at
 NATIVE_FRAMES = 256  # 10.24 s at 25 latent frames a second, what AudioLDM-style models were trained on
-# Settings within this mean error sounded like dense attention in our evaluation, examples/evidence/quality.md.
+# Settings within this mean error were as good as dense attention in the evaluation, examples/evidence/quality.md.
 CLOSE = 0.2
 
 _measured: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # UNets in a block of `probe`
 
 
 def compared_settings(config: LiteFocusConfig) -> dict[str, LiteFocusConfig]:
-    """The settings that are compared: the given ones first, then a few others, each once."""
+    """The settings that are compared: the given ones first, then a few others."""
     default = LiteFocusConfig()
     named = {
         "given": config,
@@ -96,8 +96,8 @@ def probe(
     them up by level, with one line of advice.
 
     No output changes. At every call the scores of 64 queries are computed once more, never those of all: one batch
-    element at a time, (heads, 64, tokens) in float32. A mass near the uniform share says that the layer looks anywhere
-    alike. Every self-attention layer is measured, also those below `min_freq_bins`. The time window is
+    element at a time, (heads, 64, tokens) in float32. A mass near the uniform share means that the layer attends
+    everywhere alike. Every self-attention layer is measured, also those below `min_freq_bins`. The time window is
     `config.time_window`, 256 frames (10.24 s) where that is None.
 
     Args:
@@ -113,8 +113,8 @@ def probe(
     Raises:
         TypeError: what `patch` raises for the same arguments.
         ValueError: what `patch` raises for the same arguments, and where `pipe` is patched.
-        RuntimeError: at the end of the block if it saw no self-attention call, as with a UNet that was compiled before,
-            and for a second block inside of the first.
+        RuntimeError: at the start of the block if `pipe` was patched since, or another block measures it; at its end if
+            it saw no self-attention call, as with a UNet that was compiled before.
 
     Source: the paper's observation that attention mass lies on the query's own frequency (arXiv 2407.10468).
 
@@ -214,9 +214,13 @@ class Probe(Table):
         rows = [row for row in self.layers if row.calls]
         if not rows:
             return "nothing measured yet"
-        mean = {name: sum(row.errors[name] for row in rows) / len(rows) for name in rows[0].errors}
+        # over the layers that focus: those that settings leave dense have no error, and need no keys to be saved
+        focus = {name: [row for row in rows if row.keys_kept[name] < 1] for name in rows[0].errors}
+        mean = {name: sum(row.errors[name] for row in of) / max(1, len(of)) for name, of in focus.items()}
         keys = {name: sum(row.keys_kept[name] for row in rows) for name in mean}
         given = next(iter(mean))
+        if not focus[given]:
+            return f"{given}: dense in all layers at this length"
         best = given if mean[given] <= CLOSE else min(mean, key=lambda name: mean[name])
         worst = max(rows, key=lambda row: row.errors[best])
         found = f"{best}: {mean[best]:.0%} from dense on average, at most {worst.errors[best]:.0%} ({worst.name})"
@@ -282,8 +286,8 @@ class _Measured:
             for name, each in compared_settings(config).items()
         }
         self.grid = next(iter(self.grids.values()))  # of the given settings
-        self.off = dict.fromkeys(self.grids, 0.0)  # squared distances from dense attention's output, summed
-        self.norm = 0.0  # its square
+        self.squared_error = dict.fromkeys(self.grids, 0.0)  # against dense attention's output, summed over calls
+        self.squared_norm = 0.0  # of dense attention's output
         self.window = halved(config.time_window or NATIVE_FRAMES, layer.level)
         self.calls = 0
         self.freq_bins = None if freq_bins is None else halved(freq_bins, layer.level)
@@ -296,7 +300,7 @@ class _Measured:
         if self.calls:
             means = ((self.mass / self.calls).tolist(), (self.uniform / self.calls).tolist())
             same_frequency, focus, window = (Share(*pair) for pair in zip(*means, strict=True))
-        errors = {name: (off / max(self.norm, 1e-30)) ** 0.5 for name, off in self.off.items()}
+        errors = {name: (error / max(self.squared_norm, 1e-30)) ** 0.5 for name, error in self.squared_error.items()}
         kept = dict.fromkeys(self.grids, 1.0)
         if self.frames and self.freq_bins:
             kept = {name: grid.keys_kept(self.frames, self.freq_bins) for name, grid in self.grids.items()}
@@ -319,11 +323,11 @@ class _Measured:
         fused = type(getattr(attn, "processor", None)).__name__.startswith("Fused")
         query, key, value = attention_inputs(attn, states, fused=fused)
         tokens = query.shape[2]
-        size = self.context.grid_of(tokens, self.grid)
+        size = self.context.layer_size(tokens, self.grid)
         if size is None:  # merged tokens: they lie on no grid
             return
         chosen = self._choose(tokens).to(query.device)
-        sets = self._sets(chosen, *size)  # (3, queries, tokens)
+        sets = self._masks(chosen, *size)  # (3, queries, tokens)
         mass = torch.zeros(3, dtype=torch.float64)
         biases = {name: self._bias(grid, chosen, size) for name, grid in self.grids.items()}
         for one_query, one_key, one_value in zip(query, key, value, strict=True):  # one batch element at a time
@@ -331,11 +335,11 @@ class _Measured:
             weights = scores.softmax(dim=-1)  # (heads, queries, tokens)
             mass += (weights.mean(dim=0) * sets).sum(dim=-1).mean(dim=-1).double().cpu()
             dense = weights @ one_value.float()
-            self.norm += float(dense.double().square().sum())
+            self.squared_norm += float(dense.double().square().sum())
             for name, bias in biases.items():
                 if bias is not None:
                     focused = (scores + bias).softmax(dim=-1) @ one_value.float()
-                    self.off[name] += float((focused - dense).double().square().sum())
+                    self.squared_error[name] += float((focused - dense).double().square().sum())
         self.mass += mass / len(query)
         self.uniform += sets.double().mean(dim=(1, 2)).cpu()
         self.frames, self.freq_bins = size
@@ -357,7 +361,7 @@ class _Measured:
         generator = torch.Generator("cpu").manual_seed(seed)
         return torch.randperm(tokens, generator=generator, device="cpu")[:QUERIES]
 
-    def _sets(self, chosen: Tensor, frames: int, freq_bins: int) -> Tensor:
+    def _masks(self, chosen: Tensor, frames: int, freq_bins: int) -> Tensor:
         """(3, queries, tokens) booleans: the own frequency bin, the focus set and the time window of every query."""
         token = torch.arange(frames * freq_bins, device=chosen.device)
         if self.grid.freq_axis == "width":

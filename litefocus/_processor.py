@@ -24,14 +24,14 @@ class LiteFocusAttnProcessor:
     that have fewer frequency bins than `config.min_freq_bins`, that are so small that a focus set would not be cheaper
     (fewer than 48 keys saved), or whose tokens are not the grid of the UNet's latent (merged tokens).
 
-    `litefocus.patch` installs it on the layers of a UNet and keeps each layer's grid on the layer. There, one processor
-    is like another: when the patch is removed, every one of them calls what it replaced, whoever holds it.
+    `litefocus.patch` installs one on every layer, and keeps the grid and the original processor on the layer itself;
+    the arguments below are then ignored. One that outlives its patch, in somebody's wrapper, calls the original.
 
     Args:
         original: the processor that was on the layer; `AttnProcessor2_0` of diffusers by default.
         layer: name of the layer in its UNet, for messages and for the layer's own samples.
-        freq_bins: frequency bins F of the grid at this layer; the number of frames is tokens / F. Needed on a layer
-            that is not patched.
+        freq_bins: frequency bins F of this layer's grid; the number of frames is tokens / F. Without it, a layer that
+            is not patched calls `original`.
         config: settings, `time_window` in frames of the UNet's input.
         level: how often the grid was halved on the way from the UNet's input to this layer.
         freq_axis: "width" or "height", see `focus_set`.
@@ -71,10 +71,12 @@ class LiteFocusAttnProcessor:
             )
         self.original = original
         self.freq_bins = None if freq_bins is None else positive_integer("freq_bins", freq_bins)
-        self.grid = Grid(layer, level=level, config=config, freq_axis=freq_axis)
+        # on a patched layer, the layer has the grid
+        self.grid = None if freq_bins is None else Grid(layer, level=level, config=config, freq_axis=freq_axis)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.grid}, original={type(self.original).__name__})"
+        grid = "" if self.grid is None else f"{self.grid}, freq_bins={self.freq_bins}, "
+        return f"{type(self).__name__}({grid}original={type(self.original).__name__})"
 
     def __call__(
         self,
@@ -116,7 +118,7 @@ def focus_set_of_call(
     grid = None if layer is None else layer.grid
     if masked:
         if layer is not None and grid is not None and not compiling:
-            layer.context.came_to(grid)
+            layer.context.record_call(grid)
             grid.why_dense = "its calls bring a mask"
         return None
     # operator.index: a plain int under torch.compile's dynamic shapes too, as the index needs one
@@ -132,7 +134,7 @@ def focus_set_of_call(
 def _own_focus_set(processor: LiteFocusAttnProcessor, tokens: int, device: torch.device) -> FocusSet | None:
     """Of a layer that is not patched, on the grid that its processor was made for."""
     grid, freq_bins = processor.grid, processor.freq_bins
-    if freq_bins is None:
+    if grid is None or freq_bins is None:
         if processor.original is None:
             raise ValueError(
                 "this LiteFocusAttnProcessor has no freq_bins, and its layer is not patched; pass freq_bins=..., or "
@@ -203,9 +205,9 @@ def default_processor() -> Any:
 
 
 class FocusedForward:
-    """Comes before the class of an attention layer of the authors' code, which has no processors, while it is patched.
+    """Mixin that is put before the class of a CompVis attention layer, which has no processor, while it is patched.
 
-    It knows no layer: copies and replicas of one go through it with weights of their own.
+    It is stateless, so copies and DataParallel replicas work.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -229,13 +231,13 @@ class FocusedForward:
 
 @functools.cache
 def with_focus(kind: Any) -> Any:
-    """`kind` behind a `FocusedForward`, under the same name, by which others tell an attention layer."""
+    """A subclass of FocusedForward and `kind` under the name of `kind`, by which others recognise attention layers."""
     return type(kind.__name__, (FocusedForward, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
 @functools.cache
 def without_focus(kind: Any) -> Any:
-    """The class before `with_focus`. What was derived from it since, as FSDP2 does, is derived from that one anew."""
+    """`kind` without FocusedForward. A class derived from it later, as FSDP2 does, is rebuilt on the original."""
     if FocusedForward in kind.__bases__:
         return kind.__bases__[1]
     if not issubclass(kind, FocusedForward):

@@ -1,14 +1,13 @@
-"""Which settings are in force on a module: every handle of this library enters them, removes them and nests them here.
+"""The settings that are in force on a module: those of `patch`, of `tile_decoding` and of `set_duration`.
 
-The settings of one kind (`patch`, `tile_decoding`, `set_duration`) are kept on the module itself, oldest first. The
-newest counts. So they are copied and pickled with the module.
+They are kept in the module's `__dict__`, by kind, oldest first, so they are copied and pickled with it. The newest of a
+kind is in force. Handles add and remove them.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
 
@@ -19,9 +18,9 @@ _handles: weakref.WeakSet[Handle] = weakref.WeakSet()
 
 
 class Setting:
-    """What one call of `patch` or its kin asked for. Subclasses say what it does to a module.
+    """Arguments of one call of `patch`, `tile_decoding` or `set_duration`, and what they do to a module.
 
-    entered: whether a `with` block was begun with it. over: whether it was removed, for good.
+    entered: a `with` block began with it. over: removed, for good.
     """
 
     kind: ClassVar[str]
@@ -31,45 +30,34 @@ class Setting:
         """Prepare the module for this setting, completely or, after an error, not at all."""
 
     def activate(self, module: Any) -> None:
-        """Make this setting the one that counts on a module that was prepared."""
+        """Put this setting in force on a module that was prepared."""
 
     def uninstall(self, module: Any) -> None:
         """Put the module back as it was."""
 
 
-@dataclass(eq=False)
-class _Place:
-    """A setting among those of a module. replaced: what comes back below it if it is entered later."""
-
-    setting: Any
-    in_block: bool = False
-    replaced: list[_Place] = field(default_factory=list)
-
-
-def _places(module: Any, kind: str) -> list[_Place]:
-    """Kept in the module's `__dict__`, which modules of torch and plain objects have alike."""
-    places: list[_Place] = getattr(module, "__dict__", {}).get(f"_litefocus_{kind}", [])
-    return places
+def settings_on(module: Any, kind: str) -> list[Any]:
+    """The settings of a kind, the newest last."""
+    settings: list[Any] = getattr(module, "__dict__", {}).get(f"_litefocus_{kind}", [])
+    return settings
 
 
 def current(module: Any, kind: str) -> Any:
-    """The setting of a kind that counts on a module; None without any."""
-    places = _places(module, kind)
-    return places[-1].setting if places else None
+    """The setting of a kind that is in force on a module; None without any."""
+    return next(reversed(settings_on(module, kind)), None)
 
 
 def put(module: Any, setting: Setting) -> None:
-    """Make a setting count. It replaces those that were put since the innermost `with` block began."""
+    """Put a setting in force, as the newest."""
     with _lock:
         setting.install(module)
-        places = vars(module).setdefault(f"_litefocus_{setting.kind}", [])
-        begin = 1 + max((i for i, place in enumerate(places) if place.in_block), default=-1)
-        replaced = [old for place in places[begin:] for old in (*place.replaced, place)]
-        # those that a block may still be begun with, and the newest, which counted until now
-        pending = {handle._setting for handle in _handles if not handle._setting.entered}
-        newest = replaced[-1:]
-        replaced = [_Place(old.setting) for old in replaced if old.setting in pending or old in newest]
-        places[begin:] = [_Place(setting, replaced=replaced)]
+        settings = vars(module).setdefault(f"_litefocus_{setting.kind}", [])
+        # of those since the last block began that nobody can remove any more, the last alone can come back: the others
+        # would only take memory
+        held = {handle._setting for handle in _handles}
+        begin = 1 + max((i for i, old in enumerate(settings) if old.entered), default=-1)
+        forgotten = [old for old in settings[begin:] if old not in held]
+        settings[:] = [old for old in settings if old is not setting and old not in forgotten[:-1]] + [setting]
         setting.activate(module)
 
 
@@ -77,20 +65,18 @@ def clear(module: Any, kind: str) -> None:
     """Remove every setting of a kind, also those of blocks that still run. Harmless without any."""
     with _lock:
         for handle in list(_handles):
-            if any(reference() is module for reference in handle._modules) and handle._setting.kind == kind:
+            if handle._setting.kind == kind and any(reference() is module for reference in handle._modules):
                 handle._setting.over = True
         _keep(module, kind, [])
 
 
-def _keep(module: Any, kind: str, kept: list[_Place]) -> None:
-    places = _places(module, kind)
-    if not places:
-        return
-    last = places[-1].setting
-    places[:] = kept
-    if places:
-        places[-1].setting.activate(module)
-    else:
+def _keep(module: Any, kind: str, kept: list[Any]) -> None:
+    settings = settings_on(module, kind)
+    last = current(module, kind)
+    settings[:] = kept
+    if settings:
+        settings[-1].activate(module)
+    elif last is not None:
         del vars(module)[f"_litefocus_{kind}"]
         last.uninstall(module)
 
@@ -103,58 +89,49 @@ class Handle:
     def __init__(self, setting: Setting, *modules: Any) -> None:
         self._setting = setting
         self._modules = tuple(weakref.ref(module) for module in modules)
-        for module in modules:
-            put(module, setting)
-        _handles.add(self)
+        with _lock:
+            for module in modules:
+                put(module, setting)
+            _handles.add(self)
 
-    def _in_place(self) -> list[Any]:
-        """The modules where the setting still stands."""
-        modules = (reference() for reference in self._modules)
-        kind = self._setting.kind
-        return [m for m in modules if m is not None and self._setting in (x.setting for x in _places(m, kind))]
+    def _alive(self) -> list[Any]:
+        return [module for module in (reference() for reference in self._modules) if module is not None]
 
     def remove(self) -> None:
-        """Take this one off, wherever it stands. The newest that is left counts."""
+        """Take this one off, wherever it stands, and with a block's all that were made inside of it.
+
+        The newest that is left is then in force: the one before, or that of a newer block.
+        """
         with _lock:
             self._setting.over = True
-            for module in self._in_place():
-                places = _places(module, self._setting.kind)
-                _keep(module, self._setting.kind, [place for place in places if place.setting is not self._setting])
+            for module in self._alive():
+                settings = settings_on(module, self._setting.kind)
+                if self._setting in settings:
+                    first = settings.index(self._setting)
+                    last = first + 1
+                    while self._setting.entered and last < len(settings) and not settings[last].entered:
+                        last += 1
+                    _keep(module, self._setting.kind, settings[:first] + settings[last:])
 
     def __enter__(self: H) -> H:
-        """Begin a block, once. Raises RuntimeError if the setting was removed, or entered before."""
+        """Begin a block, once. Raises RuntimeError if this one was removed, or entered before."""
         with _lock:
-            modules = [module for module in (reference() for reference in self._modules) if module is not None]
+            modules = self._alive()
             if self._setting.over or self._setting.entered or not modules:
                 raise RuntimeError(
                     f"this {self._name} was taken off, or was entered before; make another: "
                     f"with litefocus.{self._name}(...)"
                 )
             for module in modules:
-                self._setting.install(module)
-                places = vars(module).setdefault(f"_litefocus_{self._setting.kind}", [])
-                below: list[_Place] = []
-                for place in places:  # what it had replaced comes back below it, and counts when the block has ended
-                    back = [old for old in place.replaced if not (old.setting.entered or old.setting.over)]
-                    below += back if place.setting is self._setting else [place]
-                places[:] = [*below, _Place(self._setting, in_block=True)]
-                self._setting.activate(module)
+                put(module, self._setting)
             self._setting.entered = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the block, with what was put inside of it. A newer block that still runs keeps its own setting."""
-        with _lock:
-            self._setting.over = True
-            for module in self._in_place():
-                places = _places(module, self._setting.kind)
-                first = next(i for i, place in enumerate(places) if place.setting is self._setting)
-                last = first + 1
-                while last < len(places) and not places[last].in_block:
-                    last += 1
-                _keep(module, self._setting.kind, places[:first] + places[last:])
+        """End the block."""
+        self.remove()
 
     def __reduce__(self) -> str:
         raise TypeError(

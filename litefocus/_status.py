@@ -17,7 +17,7 @@ from litefocus._target import Target, resolve
 from litefocus.config import LiteFocusConfig
 
 MUCH_MEMORY = 2**30  # bytes
-LONG_CLIP = 10**6  # frames, for what a layer does where no length is given: no rounding of the sample matters
+LONG_CLIP = 10**6  # frames that stand for any long clip where no length was given
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class LayerStatus:
 
     name: its path in the UNet.
     freq_bins: frequency bins of its grid; None if neither a pipeline, nor a patch, nor a call has shown it.
-    state: "focus" or "dense", with a reason where there is one; "overwritten by <class>"; "not reached by the last
-        call".
+    state: "focus", or "dense", with the reason if it is not the grid; "overwritten by <class>"; "not reached by the
+        last call"; "not known before a call" where something wraps the layer. A reason may follow after a semicolon.
     frames, keys_kept: frames of its grid and the share of keys that a query attends to, in (0, 1], at the length that
         `status` was asked for; None without one.
     """
@@ -86,7 +86,7 @@ class Status(Table):
 
     @property
     def advice(self) -> str | None:
-        """One line where the settings are not the best for the length asked for; None where they are, or none was."""
+        """One line of advice; None if the settings suit the length, or none was given."""
         default = LiteFocusConfig().time_window
         if self.flops is None or self.frames is None or self.config is None or default is None:
             return None
@@ -96,11 +96,13 @@ class Status(Table):
                 f"advice: self-attention still is {attention:.0%} of the step and grows with the square of the length; "
                 f"leave time_window at its default of {default}"
             )
-        if self.config.time_window is not None and not (self.config.reweight and self.config.far_sampled):
-            return (
-                "advice: a time window alone attends to nothing of the rest of the clip; "
-                "leave far_sampled and reweight on"
-            )
+        if self.config.time_window is not None and self.frames > self.config.time_window:
+            if not self.config.far_sampled:
+                return (
+                    "advice: with far_sampled=0 a query attends to nothing outside of its time window; leave it at 16"
+                )
+            if not self.config.reweight:
+                return "advice: without reweight, sampled keys weigh too little; leave it on"
         if self.tiles is None and (self.decoding_bytes or 0) > MUCH_MEMORY:
             return "advice: litefocus.tile_decoding(pipe) decodes in the memory of one tile"
         return None
@@ -121,8 +123,8 @@ class Status(Table):
             )
         if self.tiles is not None or self.decoding_bytes is not None:
             tiled = "whole" if self.tiles is None else f"in tiles of {self.tiles.seconds:g} s"
-            mega = (self.decoding_bytes or 0) / 2**20
-            size = f"{mega:.0f} MiB" if mega < 1000 else f"{mega / 2**10:.1f} GiB"
+            mebibytes = (self.decoding_bytes or 0) / 2**20
+            size = f"{mebibytes:.0f} MiB" if mebibytes < 1000 else f"{mebibytes / 2**10:.1f} GiB"
             memory = "" if self.decoding_bytes is None else f", {size} (estimated)"
             lines.append(f"decoding: {tiled}{memory}")
         return lines + ([self.advice] if self.advice else [])
@@ -185,19 +187,19 @@ def status(pipe: Any, seconds: float | None = None) -> Status:
 
 
 def status_of(target: Target, seconds: float | None = None) -> Status:
-    """The same of what is resolved already."""
+    """`status` of a resolved target, without decoding."""
     geometry, unet, setting = target.geometry, target.unet, current(target.unet, "patch")
     num_frames = None
     if seconds is not None:
-        if geometry is None or geometry.hop_seconds is None:
+        if geometry is None or geometry.mel_frame is None:
             raise ValueError(
-                f"{target.owner} does not say how many latent frames a second has; "
-                "pass the whole pipeline to status(pipe, seconds=...)"
+                f"{target.owner} does not say how many latent frames a second has, so status takes no seconds for it; "
+                "a pipeline of diffusers and a Tango object do"
             )
         num_frames = geometry.num_frames(seconds)
     freq_bins = geometry.freq_bins if geometry else None
     if setting is not None:
-        seen = vars(unet)["_litefocus_context"].seen
+        seen = vars(unet)["_litefocus_context"].sizes
         freq_bins = seen[-1][1] if seen else setting.known_bins
     layers = self_attention_layers(unet)
     rows = tuple(_row(layer, freq_bins, num_frames, setting is not None) for layer in layers)

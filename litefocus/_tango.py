@@ -63,12 +63,12 @@ def set_duration(tango: Any, seconds: float | None) -> None:
 
     Args:
         tango: a Tango, Tango 2 or Mustango object. Its own code has no argument for the length.
-        seconds: rounded up to whole latent frames, of which a second has 25. None restores the 10.24 seconds of the
-            original code, as `unpatch` does.
+        seconds: rounded down to mel frames of 10 ms, then up to latent frames of 40 ms. None restores the 10.24 seconds
+            of the original code, as `unpatch` does.
 
     Raises:
         TypeError: for any other object and for what is no number.
-        ValueError: for a length that is not above 0.
+        ValueError: for a length that is not finite, or below one mel frame.
 
     >>> from types import SimpleNamespace
     >>> tango = SimpleNamespace(model=SimpleNamespace(prepare_latents=print))  # stands for a loaded one
@@ -85,6 +85,8 @@ def set_duration(tango: Any, seconds: float | None) -> None:
     if seconds is None:
         clear(model, "duration")
         return
-    published = LatentGeometry(freq_bins=16, hop_seconds=0.01, vae_scale_factor=4)  # every checkpoint's
-    geometry = latent_geometry(tango) or published
+    published = LatentGeometry(freq_bins=16, mel_frame=0.01, vae_scale_factor=4)  # every checkpoint's
+    geometry = latent_geometry(tango)
+    if geometry is None or geometry.mel_frame is None:
+        geometry = published
     put(model, Duration(geometry.num_frames(seconds), geometry.freq_bins))

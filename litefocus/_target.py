@@ -1,4 +1,4 @@
-"""What was handed in, read in this file alone: its UNet, the geometry of its latent, what decodes, Tango's model."""
+"""What a pipeline consists of: its UNet, the geometry of its latent, VAE and vocoder, and Tango's model."""
 
 from __future__ import annotations
 
@@ -27,15 +27,24 @@ WAVEFORM_METHODS = ("mel_spectrogram_to_waveform", "decode_to_waveform")
 
 @dataclass(frozen=True)
 class LatentGeometry:
-    """The grid of a model's latent.
+    """The grid of a model's latent, and what its VAE and vocoder make of it.
 
-    freq_bins: at the UNet's input. hop_seconds: of the mel spectrogram, None if the model does not say.
-    vae_scale_factor: mel frames, and mel bins, that a VAE makes one of.
+    freq_bins: frequency bins of the latent. mel_frame: seconds of a mel frame, None if the model does not say more.
+    vae_scale_factor: mel frames in a latent frame, and mel bins in a frequency bin. hop: samples of a mel frame. reach:
+    mel frames on either side that a sample depends on.
     """
 
     freq_bins: int
-    hop_seconds: float | None
-    vae_scale_factor: int
+    mel_frame: float | None = None
+    vae_scale_factor: int = 1
+    hop: int = 0
+    reach: int = 0
+
+    @property
+    def latent_frame(self) -> float:
+        """Seconds of a latent frame."""
+        assert self.mel_frame is not None
+        return self.mel_frame * self.vae_scale_factor
 
     def num_frames(self, seconds: float) -> int:
         """Frames of the latent for a clip, rounded as the pipelines of diffusers round them.
@@ -46,10 +55,10 @@ class LatentGeometry:
             raise TypeError(f"seconds must be a number, got {seconds!r} ({type(seconds).__name__})")
         if not (math.isfinite(seconds) and seconds > 0):
             raise ValueError(f"seconds must be finite and above 0, got {seconds!r}")
-        assert self.hop_seconds is not None
-        mel_frames = int(seconds / self.hop_seconds)
+        assert self.mel_frame is not None
+        mel_frames = int(seconds / self.mel_frame)
         if not mel_frames:
-            raise ValueError(f"seconds must be at least one mel frame, {self.hop_seconds:g}, got {seconds!r}")
+            raise ValueError(f"seconds must be at least one mel frame, {self.mel_frame:g}, got {seconds!r}")
         return math.ceil(mel_frames / self.vae_scale_factor)
 
 
@@ -67,7 +76,7 @@ class Target:
     makes_images: bool = False
 
     def check_axes(self, freq_bins: int | None, freq_axis: FreqAxis) -> int | None:
-        """`freq_bins`, checked against what the model says of its latent. Raises what `patch` says that it raises."""
+        """Check both against the model's own latent, and return `freq_bins`. Raises as `patch` does."""
         check_freq_axis(freq_axis)
         if freq_bins is not None:
             freq_bins = positive_integer("freq_bins", freq_bins)
@@ -83,8 +92,8 @@ class Target:
             )
         if freq_axis == "width" and self.makes_images:
             raise ValueError(
-                f"{self.owner} makes pictures of spectrograms, whose height is frequency; pass "
-                'freq_axis="height", with freq_bins=64 (Riffusion) or 32 (Auffusion). For others, pass the UNet alone'
+                f"{self.owner} makes pictures; if they are spectrograms whose height is frequency, as Riffusion's and "
+                'Auffusion\'s are, pass freq_axis="height", else pass the UNet alone'
             )
         return freq_bins
 
@@ -114,29 +123,34 @@ def resolve(pipe: Any) -> Target:
 
 
 def latent_geometry(pipe: Any) -> LatentGeometry | None:
-    """Frequency bins and frame rate of a pipeline's latent; None where it does not say.
+    """What a pipeline says of its latent; None where it does not.
 
-    Read from the VAE and the vocoder, which in the original AudioLDM code, and in Tango's, is a part of the VAE;
-    `LatentDiffusion` of the original code knows its `latent_f_size`.
+    Read from the modules of the VAE and of the HiFi-GAN vocoder, of diffusers and transformers or of the authors.
+    `LatentDiffusion` of the authors' code knows its `latent_f_size`, also where its VAE is not loaded.
     """
-    if hasattr(pipe, "latent_f_size"):
-        return LatentGeometry(pipe.latent_f_size, None, 1)
-    vae: Any = getattr(pipe, "vae", None)
-    vae_config: Any = getattr(vae, "config", None)
-    vocoder: Any = getattr(getattr(pipe, "vocoder", None), "config", None)
-    if hasattr(vocoder, "model_in_dim") and hasattr(vae_config, "block_out_channels"):
-        vae_scale_factor = 2 ** (len(vae_config.block_out_channels) - 1)
-        mel_bins, rates, sampling_rate = vocoder.model_in_dim, vocoder.upsample_rates, vocoder.sampling_rate
-    elif hasattr(getattr(vae, "encoder", None), "num_resolutions") and hasattr(getattr(vae, "vocoder", None), "h"):
-        hifigan = vae.vocoder.h
-        vae_scale_factor = 2 ** (vae.encoder.num_resolutions - 1)
-        mel_bins, rates, sampling_rate = hifigan.num_mels, hifigan.upsample_rates, hifigan.sampling_rate
-    else:
-        return None
-    return LatentGeometry(mel_bins // vae_scale_factor, math.prod(rates) / sampling_rate, vae_scale_factor)
+    vae, vocoder = vae_and_vocoder(pipe)
+    try:
+        levels = len(vae.config.block_out_channels) if hasattr(vae, "config") else vae.encoder.num_resolutions
+        is_transformers = hasattr(vocoder, "upsampler")  # SpeechT5HifiGan; the authors' HiFi-GAN has `ups`
+        ups, config = (vocoder.upsampler, vocoder.config) if is_transformers else (vocoder.ups, vocoder.h)
+        block = max(sum(_reach(conv) for conv in block.modules()) for block in vocoder.resblocks)
+        reach = _reach(vocoder.conv_post)
+        for up in reversed(ups):
+            reach = math.ceil((reach + block + up.kernel_size[0]) / up.stride[0])
+        hop, scale = math.prod(up.stride[0] for up in ups), 2 ** (levels - 1)
+        freq_bins = getattr(pipe, "latent_f_size", vocoder.conv_pre.in_channels // scale)
+        return LatentGeometry(freq_bins, hop / config.sampling_rate, scale, hop, reach + _reach(vocoder.conv_pre))
+    except (AttributeError, ValueError):
+        freq_bins = getattr(pipe, "latent_f_size", None)
+        return None if freq_bins is None else LatentGeometry(freq_bins)
 
 
-def settings_of(pipe: Any) -> list[Any]:
+def _reach(conv: Any) -> int:
+    """Samples on either side that a convolution depends on; 0 for other modules."""
+    return conv.dilation[0] * (conv.kernel_size[0] - 1) // 2 if isinstance(conv, nn.Conv1d) else 0
+
+
+def owners_of_settings(pipe: Any) -> list[Any]:
     """The objects that settings of this library may be kept on; none where there is nothing of the kind.
 
     Raises TypeError for an object with several UNets.

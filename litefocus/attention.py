@@ -8,7 +8,7 @@ from torch import Tensor
 
 from litefocus.focus import FocusSet
 
-# Keys gathered at once on a CPU. Larger tensors cost more in memory that is faulted in page by page than in the gather.
+# Bytes of keys gathered at once on a CPU: larger temporary tensors cost more in page faults than the gather saves.
 SLICE_BYTES = 4 * 2**20
 
 
@@ -42,7 +42,7 @@ def focus_attention(query: Tensor, key: Tensor, value: Tensor, focus: FocusSet) 
     """
     if query.ndim != 4 or key.shape != query.shape or value.shape[:-1] != query.shape[:-1]:
         raise ValueError(
-            "query, key and value must be (batch, heads, tokens, head_dim) of equal shape, got "
+            "query and key must be (batch, heads, tokens, head_dim) of equal shape, and value but for head_dim; got "
             f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
         )
     batch, heads, tokens, _ = query.shape
@@ -79,7 +79,7 @@ def focus_attention(query: Tensor, key: Tensor, value: Tensor, focus: FocusSet) 
 
 
 def _groups_at_once(key: Tensor, focus: FocusSet) -> int:
-    """How many groups to gather at once: what fits in twice the tokens, and on a CPU in SLICE_BYTES."""
+    """Groups of a slice: their keys are at most twice the number of tokens, and on a CPU at most SLICE_BYTES."""
     tokens = focus.inverse.shape[0]
     keys = 2 * tokens
     if key.device.type == "cpu" and not torch.compiler.is_compiling():  # which would unroll every slice

@@ -62,25 +62,28 @@ def _refuse_unknown_fields(cls: type[T]) -> type[T]:
 class LiteFocusConfig:
     """Settings of LiteFocus attention (arXiv 2407.10468). Immutable; derive others with `dataclasses.replace`.
 
-    The defaults fit every length: the paper's sets with a weight for every sampled key up to half a minute, time
-    windows that still hear the whole clip beyond. `LiteFocusConfig.paper()` is the method as published.
+    The defaults fit every length: up to half a minute the paper's focus sets with weighted samples, beyond that a time
+    window with a weighted sample of the rest of the clip. `LiteFocusConfig.paper()` is the method as published.
 
     Args:
-        same_frequency: every query sees all tokens of its own frequency bin (the paper's same-frequency focus).
-        cross_frequency: every query also sees a random sample of all other bins (cross-frequency compensation).
+        same_frequency: every query attends to all tokens of its own frequency bin (the paper's same-frequency focus).
+        cross_frequency: every query also attends to a random sample of all other bins (cross-frequency compensation).
         sparse_ratio: fraction of each other bin's frames in that sample, in [0, 1]. At 1 the result is dense attention
             (unless a time window is in force); at 0 there is no sample.
-        min_sampled: frames of every other bin that are sampled at least, as far as there are so many. The error of the
-            sample depends on how many frames it has, not on their share: short clips need this.
-        reweight: a sampled key weighs the inverse of the probability with which it was drawn. Without, as published,
-            the own bin gets more than its due.
-        time_window: None, or how many latent frames around a query are seen in full detail, counted at the UNet's
-            input (25 a second in AudioLDM-style models) and halved level by level. At least half of it lies on either
-            side of every query, clamped at the ends of the clip. Cost then grows linearly with the clip.
-        far_sampled: frames of every bin that are sampled outside of the time window. At 0 a query hears nothing there.
+        min_sampled: the least number of frames sampled of every other bin (all frames of a shorter clip). The error of
+            a sample depends on its size, not on its share of the clip.
+        reweight: weigh sampled keys by the inverse of their sampling probability. False, as published, overweights the
+            own bin.
+        time_window: None, or the number of latent frames, half on either side, within which a query attends to its
+            whole own bin and to the sample of the others; counted at the UNet's input (25 a second in AudioLDM-style
+            models), halved level by level, clamped at the ends of the clip. Queries share windows in blocks, so a
+            window is wider: 768 frames for 512, and clips up to that length (31 s) have none. Cost then grows linearly
+            with the clip.
+        far_sampled: frames of every bin (of the own alone, if others are not sampled) that are sampled outside of the
+            time window. At 0 a query attends to nothing there.
         min_freq_bins: layers whose grid has fewer frequency bins than this keep dense attention.
-        seed: seed of the samples, an integer >= 0. A sample depends on this, the layer's name, the number of frames
-            and the step's timestep alone: it is the same for every batch element, in every process, on every device.
+        seed: of the samples, an integer >= 0. Equal settings, layer name, grid and timestep give equal samples, for
+            every batch element, in every process, on every device.
 
     Raises:
         TypeError: for an unknown field or a value of the wrong type.

@@ -1,4 +1,4 @@
-"""Which keys each query sees, and how much each of them counts.
+"""Which keys each query attends to, and with which weights.
 
 The latent of an AudioLDM-style model is a grid of `num_frames` time frames x `freq_bins` frequency bins, flattened to
 tokens. Query i attends to its focus set F_i = S_i ∪ C: every token S_i of its own frequency bin, and a random sample
@@ -86,7 +86,7 @@ class _Sizes(NamedTuple):
 
 
 def _sizes(num_frames: int, config: LiteFocusConfig) -> _Sizes:
-    """How time is cut up. Without a time window, or on a clip no longer than one, it is not: one block sees all."""
+    """Blocks and windows of time: one of each over the whole clip, without a time window or where it fits in one."""
     block = window = num_frames
     if config.time_window is not None:
         half = -(-config.time_window // 2)
@@ -114,14 +114,15 @@ def focus_set(
     *,
     layer: str = "",
     freq_axis: FreqAxis = "width",
-    draw: int = 0,
+    sample: int = 0,
     **options: Any,
 ) -> FocusSet:
     """The focus sets of a grid of `num_frames` x `freq_bins` tokens, on the CPU.
 
-    The sample takes c = max(min_sampled, round(sparse_ratio * num_frames)) frames of every other bin, without
-    replacement, so all sets have T + (F - 1) c keys. A key of the own bin weighs 1, a sampled one T / c: numerator and
-    denominator of the softmax are then unbiased estimates of dense attention's, whatever the attention looks like.
+    The sample takes c = max(1, min_sampled, round(sparse_ratio * T)) frames of every other bin, at most all T =
+    num_frames, without replacement. So all sets have T + (F - 1) c keys. A key of the own bin weighs 1, a sampled one
+    T / c: numerator and denominator of the softmax are then unbiased estimates of dense attention's, whatever the
+    attention looks like.
 
     With a time window, frames are cut into blocks whose queries share a window of n frames: at least half of
     `time_window` on either side of each of them, clamped at the ends of the clip. A set then has three strata: the n
@@ -139,11 +140,10 @@ def focus_set(
         layer: name of the attention layer; layers of different names draw different samples.
         freq_axis: "width" if frequency varies fastest (token = frame * freq_bins + bin: AudioLDM, AudioLDM 2,
             MusicLDM, Tango), "height" if time does (token = bin * num_frames + frame: Riffusion, Auffusion).
-        draw: which of the layer's samples.
+        sample: which of the layer's samples; steps use different ones.
 
     Returns:
-        The sets. They are a pure function of (config, layer, num_frames, freq_bins, draw) and leave every global
-        random state alone.
+        The sets. They are a pure function of all arguments; no global random state is read or changed.
 
     Raises:
         TypeError: for sizes that are no integers, for a `config` that is no `LiteFocusConfig`, and for its fields as
@@ -176,23 +176,25 @@ def focus_set(
     windows = (starts - (window - block) // 2).clip(0, num_frames - window)  # and of its window
     queries = (starts[:, None] + np.arange(block)) * frame_step + bins * bin_step  # (bins, blocks, block)
     own = (windows[:, None] + np.arange(window)) * frame_step + bins * bin_step  # (bins, blocks, window)
-    key = f"{config.seed}/{layer}/{num_frames}/{draw}"
-    near_frames, far_frames = _draw(num_frames, freq_bins, windows, window, sampled, far, key)
-    near = near_frames * frame_step + bins * bin_step  # (bins, blocks, sampled)
-    away = far_frames * frame_step + bins * bin_step  # (bins, blocks, far)
+    key = f"{config.seed}/{layer}/{num_frames}/{sample}"
+    inside_frames, outside_frames = _sample_frames(num_frames, freq_bins, windows, window, sampled, far, key)
+    inside = inside_frames * frame_step + bins * bin_step  # (bins, blocks, sampled)
+    outside = outside_frames * frame_step + bins * bin_step  # (bins, blocks, far)
 
     # where frame t of bin f stands: its block, and its place in there
     in_block = (np.arange(num_frames) // block).clip(max=len(starts) - 1)
     place = np.arange(num_frames) - starts[in_block]
     if config.same_frequency:  # a group for every bin and block
         others = np.array([[g for g in range(freq_bins) if g != f] for f in range(freq_bins)], dtype=np.int64)
-        strata = [(own, 1.0), (_beside(near, others), window / max(sampled, 1))]
+        strata = [(own, 1.0), (_of_bins(inside, others), window / max(sampled, 1))]
         everywhere = np.tile(np.arange(freq_bins), (freq_bins, 1))
-        strata.append((_beside(away, everywhere) if sampled else away, (num_frames - window) / max(far, 1)))
+        strata.append((_of_bins(outside, everywhere) if sampled else outside, (num_frames - window) / max(far, 1)))
         position = (bins[:, 0] * len(starts) + in_block) * block + place  # (bins, frames)
     else:  # a group for every block: all its bins share one set
-        queries, near, away = (x.transpose(1, 0, 2).reshape(1, len(starts), -1) for x in (queries, near, away))
-        strata = [(near, window / max(sampled, 1)), (away, (num_frames - window) / max(far, 1))]
+        queries, inside, outside = (
+            x.transpose(1, 0, 2).reshape(1, len(starts), -1) for x in (queries, inside, outside)
+        )
+        strata = [(inside, window / max(sampled, 1)), (outside, (num_frames - window) / max(far, 1))]
         position = (in_block * freq_bins + bins[:, 0]) * block + place
     keys = np.concatenate([stratum for stratum, _ in strata], axis=2)
     inverse = (position.T if freq_axis == "width" else position).reshape(-1)
@@ -217,15 +219,15 @@ def _tensor(array: NDArray[Any]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def _beside(sample: Index, others: Index) -> Index:
+def _of_bins(sample: Index, others: Index) -> Index:
     """For every bin, the samples of `others` (bins, n) one after the other: (bins, blocks, n * frames of a sample)."""
     bins, blocks, frames = sample.shape
     picked: Index = sample[others]  # (bins, n, blocks, frames)
-    beside: Index = picked.transpose(0, 2, 1, 3).reshape(bins, blocks, others.shape[1] * frames)
-    return beside
+    joined: Index = picked.transpose(0, 2, 1, 3).reshape(bins, blocks, others.shape[1] * frames)
+    return joined
 
 
-def _draw(
+def _sample_frames(
     num_frames: int, freq_bins: int, windows: Index, window: int, sampled: int, far: int, key: str
 ) -> tuple[Index, Index]:
     """Frames drawn without replacement for every bin, ascending, inside and outside of every window.
@@ -236,9 +238,9 @@ def _draw(
     # crc32, since hash() of a string differs between processes
     raw = np.random.PCG64(zlib.crc32(key.encode())).random_raw(freq_bins * num_frames)
     order = raw.reshape(freq_bins, num_frames).argsort(axis=1)
-    near, away = [], []
+    inside, outside = [], []
     for start in windows:
-        inside = (order >= start) & (order < start + window)
-        near.append(order[inside].reshape(freq_bins, window)[:, :sampled])
-        away.append(order[~inside].reshape(freq_bins, num_frames - window)[:, :far])
-    return np.sort(np.stack(near, axis=1), axis=2), np.sort(np.stack(away, axis=1), axis=2)
+        in_window = (order >= start) & (order < start + window)
+        inside.append(order[in_window].reshape(freq_bins, window)[:, :sampled])
+        outside.append(order[~in_window].reshape(freq_bins, num_frames - window)[:, :far])
+    return np.sort(np.stack(inside, axis=1), axis=2), np.sort(np.stack(outside, axis=1), axis=2)

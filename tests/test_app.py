@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import _cli
 import generate
 import numpy as np
 import pytest
@@ -29,8 +30,8 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no browser: apt-get ins
 
 @pytest.fixture(scope="module")
 def pipe_and_settings() -> tuple[Any, dict[str, Any]]:
-    args = generate.Parser(None).parse_args(SETTINGS)
-    generate.complete(args)
+    args = _cli.Parser(None).parse_args(SETTINGS)
+    _cli.complete(args)
     return generate.load(args)[0], vars(args)
 
 

@@ -16,9 +16,10 @@ import pytest
 import scipy.linalg
 import soundfile
 import torch
-from generate import EMBEDDED, load_pipeline
+from _cli import EMBEDDED, load_pipeline
 from judge import load_embedder
 from mel import LogMel
+from support.embedded import embedded
 
 import litefocus
 from litefocus import LiteFocusConfig
@@ -99,9 +100,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
-    pipe = load_pipeline(str(EMBEDDED), "cpu")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return embedded()
 
 
 def of(rows: list[dict[str, Any]], seconds: float, method: str) -> dict[str, Any]:
@@ -160,7 +159,7 @@ def test_errors_of_attention_are_those_of_the_probe(run, pipe) -> None:
     with litefocus.probe(pipe, min_sampled=4) as probe:
         for i, text in enumerate(TEXTS):
             latents(pipe, text, 1.5, 5 + len(TEXTS) + i)
-    for method, setting in (("litefocus", "asked"), ("paper", "paper")):
+    for method, setting in (("litefocus", next(iter(probe.layers[0].errors))), ("paper", "paper")):
         errors = [layer.errors[setting] for layer in probe.layers]
         row = of(run.rows, 1.5, method)
         assert row["attention"] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
@@ -227,16 +226,16 @@ def test_the_frechet_distance_against_the_root_of_a_matrix() -> None:
 def test_the_embedded_embedder_is_marked_as_what_it_is(own: Path) -> None:
     args = Namespace(embedder="judge:embed", window=1.0, sounds=[own / "sounds" / "a.wav"], reference=own)
     args.embed = compare.find_embedder(args.embedder)
-    ears = compare.Ears(args, RATE)
+    embedder = compare.Embedder(args, RATE)
     sound = torch.from_numpy(soundfile.read(args.sounds[0], dtype="float32")[0])
     with torch.inference_mode():
         expected = load_embedder().embed(LogMel()(sound[: 2 * RATE].reshape(2, RATE)))
-    assert ears.reference == pytest.approx(expected.double().numpy(), rel=1e-4, abs=1e-5)
-    marked, few = ears.notes(1000)
+    assert embedder.reference == pytest.approx(expected.double().numpy(), rel=1e-4, abs=1e-5)
+    marked, few = embedder.notes(1000)
     assert "twelve small synthetic classes" in marked
     assert "1000 generated and 2 reference windows for 48 features" in few
     with pytest.raises(ValueError, match="at least 1 s at 16000 Hz, got 48000 samples at 48000 Hz"):
-        ears.call(np.zeros((1, 48000), np.float32), 48000)
+        embedder.call(np.zeros((1, 48000), np.float32), 48000)
 
 
 def test_settings_that_are_dense_are_at_distance_zero(own: Path) -> None:
@@ -270,6 +269,7 @@ def test_an_interrupted_run_leaves_whole_lengths_alone(stopped_at, own: Path, mo
         assert {row["seconds"] for row in json.loads((own / "o.json").read_text())["rows"]} == {LENGTHS[0]}
 
 
+OWN = ["--embedder", "own_ears:embed"]
 REFERENCE = ["--reference", "sounds", "--seconds", "1", "--window", "0.5"]
 
 
@@ -288,7 +288,7 @@ REFERENCE = ["--reference", "sounds", "--seconds", "1", "--window", "0.5"]
         (["--model", "missing"], "cannot use missing: no such folder"),
         (["--output", "missing/o"], "cannot write into missing: No such file or directory"),
         (["--output", "taken"], "output taken is in the way: it is a file"),
-        (["--embedder", "own_ears:embed"], "an embedder needs sounds to compare with: add --reference FOLDER"),
+        (OWN, "an embedder needs sounds to compare with: add --reference FOLDER"),
         ([*REFERENCE, "--embedder", "no_such_module:embed"], "cannot use embedder no_such_module:embed: No module"),
         ([*REFERENCE, "--embedder", "own_ears:nothing"], "cannot use embedder own_ears:nothing: module 'own_ears' has"),
         ([*REFERENCE, "--embedder", "own_ears:name"], "must be module:callable, and names a str"),
@@ -299,10 +299,7 @@ REFERENCE = ["--reference", "sounds", "--seconds", "1", "--window", "0.5"]
         ([*REFERENCE, "--reference", "missing"], "reference missing is no folder that holds a .wav or .flac"),
         ([*REFERENCE, "--reference", "low"], "a.wav has 8000 Hz, the pipeline 16000: its treble would be missing"),
         ([*REFERENCE, "--reference", "broken"], "cannot read broken/a.wav"),
-        (
-            [*REFERENCE, "--embedder", "own_ears:embed", "--reference", "short"],
-            "short holds fewer than two windows of 0.5 s",
-        ),
+        ([*REFERENCE, *OWN, "--reference", "short"], "short holds fewer than two windows of 0.5 s"),
         ([*REFERENCE, "--window", "1.5"], "a Fréchet distance needs two windows of 1.5 s or more at every length"),
     ],
 )
@@ -310,7 +307,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, own: Path,
     def loaded(model: str, *_: Any) -> Any:
         return pipe if model == str(EMBEDDED) else load_pipeline(model, "cpu")
 
-    monkeypatch.setattr(compare.generate, "load_pipeline", loaded)
+    monkeypatch.setattr(compare._cli, "load_pipeline", loaded)
     monkeypatch.setattr(compare, "make", lambda *_: pytest.fail("work was begun"))
     before = sorted(own.rglob("*"))
     with pytest.raises(SystemExit) as stop:

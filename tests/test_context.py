@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import tomesd
 import torch
-from benchmark import captured
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from speed import captured
 from support.memory import NoReading
 from support.pipelines import build, minimal_unet
 from support.small import (

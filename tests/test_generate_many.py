@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _cli
 import generate
 import generate_many
 import numpy as np
@@ -26,8 +27,8 @@ SETTINGS = ["--seconds", "0.64", "--steps", "2"]
 
 @pytest.fixture(scope="module")
 def pipe() -> Any:
-    args = generate.Parser(None).parse_args([])
-    generate.complete(args)
+    args = _cli.Parser(None).parse_args([])
+    _cli.complete(args)
     pipe, _ = generate.load(args)
     return pipe
 
@@ -39,9 +40,8 @@ def many(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
 
     def run(prompts: list[str], *options: str) -> int:
         (tmp_path / "prompts.txt").write_text("\n".join(prompts))
-        return generate_many.main(
-            [str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "clips"), *SETTINGS, *options]
-        )
+        files = [str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "clips")]
+        return generate_many.main([*files, *SETTINGS, *options])
 
     return run
 
@@ -70,9 +70,8 @@ def test_failures_are_told_and_tried_again(
     assert "2 done, 0 there before, 1 failed; " in told.out
     assert " s of audio a second, in " in told.out
     assert "('a bell'): RuntimeError: out of memory" in told.err
-    assert [record.get("error") for record in records(tmp_path / "clips") if record["prompt"] == "a bell"] == [
-        "RuntimeError: out of memory"
-    ]
+    (bell,) = (record for record in records(tmp_path / "clips") if record["prompt"] == "a bell")
+    assert bell["error"] == "RuntimeError: out of memory"
     before = clips(tmp_path)
     assert len(before) == 2
 
@@ -160,6 +159,7 @@ def workers(launcher: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the worker to kill in /proc")
 def test_goes_on_after_a_kill_and_makes_what_one_process_makes(many: Callable[..., int], tmp_path: Path) -> None:
     names = ("tabla", "bell", "drone", "kick", "cowbell", "hat", "snare", "tom")
@@ -207,12 +207,7 @@ def test_goes_on_after_a_kill_and_makes_what_one_process_makes(many: Callable[..
         ("a.jsonl", '{"prompt": 3}', [], "line 1: prompt must be text, and not empty, got 3"),
         ("a.jsonl", '{"prompt": "\\ud800"}', [], "line 1: prompt must be text, and not empty"),
         ("a.jsonl", '{"prompt": "a", "seconds": "20"}', [], "seconds must be a number between 0.5 and 3600, got '20'"),
-        (
-            "a.jsonl",
-            '{"prompt": "a"}\n{"prompt": "a", "seed": 1.5}',
-            [],
-            "line 2: seed must be an integer of at least 0",
-        ),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": "a", "seed": 1.5}', [], "line 2: seed must be an integer of at least"),
         ("a.txt", "\n \n", [], "a.txt holds no prompt"),
         ("a.txt", "a drone", ["--steps", "-2"], "steps must be an integer between 1 and 1000, got -2"),
         ("a.txt", "a drone", ["--min-freq-bins", "x"], "argument --min-freq-bins: invalid int value: 'x'"),
@@ -220,9 +215,7 @@ def test_goes_on_after_a_kill_and_makes_what_one_process_makes(many: Callable[..
         ("missing.txt", None, [], "No such file"),
     ],
 )
-def test_errors_are_one_line_and_leave_nothing(
-    name: str, text: str | None, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_errors_are_one_line_and_leave_nothing(name, text, options, message, tmp_path, capsys) -> None:
     if text is not None:
         (tmp_path / name).write_text(text)
     with pytest.raises(SystemExit) as stop:

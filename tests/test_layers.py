@@ -410,13 +410,13 @@ def test_a_wrapper_around_ours_stays_and_hands_on(wrapper: Callable[[Any], Any])
     assert litefocus.status(unet).layers[0].state == f"not known before a call; its processor is {name}"
     assert_same(run(unet), focus(1, two_levels))
     assert litefocus.status(unet).layers[0].state == f"focus; its processor is {name}"
-    handle = patch(unet, 2)
+    patch(unet, 2)
     assert_same(run(unet), focus(2, two_levels))
     with patch(unet, 3):
         assert_same(run(unet), focus(3, two_levels))
     assert_same(run(unet), focus(2, two_levels))
     assert litefocus.status(unet).layers[0].state == f"focus; its processor is {name}"
-    handle.remove()
+    litefocus.unpatch(unet)
     assert_off(unet, two_levels)
     assert attn.processor is ours
     assert len(inside.calls) == 5  # every call passed the wrapper, once

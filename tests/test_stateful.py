@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -112,44 +112,36 @@ class Recorder:
 
 @dataclass(eq=False)
 class Made:
-    """A patch that was made. replaced: the ones before it, since the innermost block began."""
+    """A patch that was made."""
 
     config: LiteFocusConfig
     handle: litefocus.Patch | None
     entered: bool = False
     over: bool = False
-    replaced: list[Made] = field(default_factory=list)
 
 
 class Places:
-    """Patches in place, the newest last, which counts: (patch, whether a block has entered it)."""
+    """Patches in place, the newest last, which is in force."""
 
     def __init__(self) -> None:
-        self.places: list[tuple[Made, bool]] = []
+        self.places: list[Made] = []
 
     def put(self, made: Made) -> None:
-        since = max((i + 1 for i, (_, block) in enumerate(self.places) if block), default=0)
-        made.replaced = [each for old, _ in self.places[since:] for each in (*old.replaced, old)]
-        for old in made.replaced:
-            old.replaced = []
-        self.places[since:] = [(made, False)]
+        self.places = [*(old for old in self.places if old is not made), made]
 
     def enter(self, made: Made) -> None:
-        back = [(old, False) for old in made.replaced if not (old.entered or old.over)]
-        places = [[place] if place[0] is not made else back for place in self.places]
-        self.places = [*(place for each in places for place in each), (made, True)]
+        self.put(made)
         made.entered = True
 
-    def leave(self, made: Made) -> None:
-        made.over = True
-        if (made, True) in self.places:
-            first = self.places.index((made, True))
-            later = [i for i, (_, block) in enumerate(self.places) if block and i > first]
-            self.places[first : min(later, default=len(self.places))] = []
-
     def remove(self, made: Made) -> None:
+        """One that a block has entered goes with all that came after it, up to the next block."""
         made.over = True
-        self.places = [place for place in self.places if place[0] is not made]
+        if made in self.places:
+            first = self.places.index(made)
+            others = self.places[first + 1 :]
+            while made.entered and others and not others[0].entered:
+                others.pop(0)
+            self.places[first:] = others
 
 
 @dataclass
@@ -196,7 +188,7 @@ class World:
         world = copy.deepcopy({name: value for name, value in vars(self).items() if name in ("layers", "fused")})
         twin = World(how(self.unet))
         twin.layers, twin.fused, twin.compiled = world["layers"], world["fused"], self.compiled
-        twin.places.places = [(Made(made.config, None), block) for made, block in self.places.places]
+        twin.places.places = [Made(made.config, None, made.entered) for made in self.places.places]
         return twin
 
     def put_back(self, before: list[On]) -> None:
@@ -204,13 +196,18 @@ class World:
         for layer, old in zip(self.layers, before, strict=True):
             layer.tag, layer.recorders, layer.ours, layer.anew = old.tag, old.recorders, old.ours, old.anew
 
-    def settle(self) -> None:
-        if not self.places.places:
-            for layer in self.layers:
-                layer.uninstall()
+    def remove(self, made: Made) -> None:
+        was_in_place = made in self.places.places
+        self.places.remove(made)
+        if was_in_place and not self.places.places:
+            self.uninstall()
+
+    def uninstall(self) -> None:
+        for layer in self.layers:
+            layer.uninstall()
 
     def check(self) -> None:
-        config = self.places.places[-1][0].config if self.places.places else None
+        config = self.places.places[-1].config if self.places.places else None
         focusing = tuple(config is not None and layer.patched and layer.ours for layer in self.layers)
         if any(layer.anew and layer.ours and not layer.patched for layer in self.layers):
             with pytest.raises(ValueError, match="has no freq_bins, and its layer is not patched"):
@@ -293,7 +290,7 @@ class Sequences(RuleBasedStateMachine):
         world.places.places = []
         for made in world.made:
             made.over = True
-        world.settle()
+        world.uninstall()
 
     @rule(which=ANY, handle=ANY)
     def enter(self, which: int, handle: int) -> None:
@@ -318,8 +315,7 @@ class Sequences(RuleBasedStateMachine):
         if world.blocks:
             made = world.blocks.pop(block % len(world.blocks))
             made.handle.__exit__(None, None, None)
-            world.places.leave(made)
-            world.settle()
+            world.remove(made)
 
     @rule(which=ANY, handle=ANY)
     def remove(self, which: int, handle: int) -> None:
@@ -327,8 +323,7 @@ class Sequences(RuleBasedStateMachine):
         if world.made:
             made = world.made[-1 - handle % min(len(world.made), 4)]
             made.handle.remove()
-            world.places.remove(made)
-            world.settle()
+            world.remove(made)
 
     # --- what others do
 

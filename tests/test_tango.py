@@ -1,157 +1,183 @@
-"""Tango, Tango 2 and Mustango: their clips, and `set_duration`."""
+"""examples/tango.py in a clone of Tango: its code and librosa are stand-ins, UNet, VAE and vocoder are real."""
 
-from __future__ import annotations
-
-import copy
+import sys
 import types
-from collections.abc import Callable
+import typing
+from pathlib import Path
 from typing import Any
 
+import _cli
 import numpy as np
 import pytest
+import soundfile
 import torch
-from support.oracle import install_oracle
-from support.pipelines import build
-from support.settings import hand_in
-from support.small import Distributed, small_unet
-from support.tango import AudioDiffusion, Tango, tango_unet
-from torch import nn
+from diffusers import AudioLDM2Pipeline, DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
 
 import litefocus
 from litefocus import LiteFocusConfig
 
-ALL = LiteFocusConfig(min_sampled=0)  # clips this short would be dense with the floor
+SCRIPT = Path(_cli.__file__).with_name("tango.py")
+WIDTH = 16  # of the embeddings
+
+
+class Model(nn.Module):
+    """What tango.py calls of Tango's `AudioDiffusion`, around a small UNet of its kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet = UNet2DConditionModel(
+            in_channels=8,
+            out_channels=8,
+            block_out_channels=(8, 16, 16, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            attention_head_dim=2,
+            cross_attention_dim=WIDTH,
+            use_linear_projection=True,
+            upcast_attention=True,
+        )
+        self.text_encoder = nn.Embedding(256, WIDTH)
+
+    def prepare_latents(
+        self, batch_size: int, inference_scheduler: Any, num_channels_latents: int, dtype: torch.dtype, device: Any
+    ) -> Tensor:
+        return torch.randn(batch_size, num_channels_latents, 256, 16, dtype=dtype, device=device)
+
+    def inference(
+        self, prompt, inference_scheduler, num_steps, guidance_scale, num_samples, disable_progress
+    ) -> Tensor:
+        assert not disable_progress
+        embeds = self.text_encoder(torch.tensor([list(prompt[0].encode())]))
+        inference_scheduler.set_timesteps(num_steps)
+        latents = self.prepare_latents(1, inference_scheduler, 8, embeds.dtype, embeds.device)
+        for t in inference_scheduler.timesteps:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.bool)
+            noise = self.unet(latents, t, encoder_hidden_states=embeds, encoder_attention_mask=mask).sample
+            latents = inference_scheduler.step(guidance_scale * noise, t, latents).prev_sample
+        return latents
+
+
+class VAE(nn.Module):
+    """What Tango calls of AudioLDM's VAE, around the embedded pipeline's VAE and vocoder."""
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__()
+        self.inner, self.vocoder = pipe.vae, pipe.vocoder
+        self.encoder, self.decoder = pipe.vae.encoder, pipe.vae.decoder
+        levels = len(pipe.vae.config.block_out_channels)
+        for part in (self.encoder, self.decoder):
+            part.num_resolutions, part.downsample_time_stride4_levels = levels, ()
+        config, vocoder = pipe.vocoder.config, pipe.vocoder
+        vocoder.h = types.SimpleNamespace(
+            num_mels=config.model_in_dim, upsample_rates=config.upsample_rates, sampling_rate=config.sampling_rate
+        )
+        vocoder.ups = vocoder.upsampler
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.inner.decode(z).sample
+
+    def decode_first_stage(self, z: Tensor) -> Tensor:
+        return self.decode(z)
+
+    def decode_to_waveform(self, mel: Tensor) -> np.ndarray:
+        return self.vocoder(mel.squeeze(1)).numpy()
+
+
+class Tango:
+    """A plain object, as `tango.Tango` is."""
+
+    def __init__(self, name: str, device: str) -> None:
+        torch.manual_seed(0)
+        pipe = AudioLDM2Pipeline.from_pretrained(_cli.EMBEDDED)
+        self.vae, self.model, self.scheduler = VAE(pipe).to(device), Model().to(device).eval(), DDPMScheduler()
+        self.name = name
+        made.append(self)
+
+    @torch.no_grad()
+    def generate(
+        self, prompt: str, steps: int, guidance: float, samples: int = 1, disable_progress: bool = True
+    ) -> Any:
+        latents = self.model.inference([prompt], self.scheduler, steps, guidance, samples, disable_progress)
+        mel = self.vae.decode_first_stage(latents)
+        return self.vae.decode_to_waveform(mel)[0]
+
+
+made: list[Tango] = []
 
 
 @pytest.fixture
-def tango() -> Tango:
-    torch.manual_seed(0)
-    return Tango(tango_unet())
+def tango(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> typing.Callable[..., np.ndarray]:
+    """Run examples/tango.py in a "clone" whose `tango` holds the class above; the clip."""
+
+    def keywords_only(**given: Any) -> dict[str, Any]:
+        return given
+
+    filters = types.SimpleNamespace(mel=keywords_only)
+    util = types.SimpleNamespace(pad_center=lambda data, *, size: (data, size))
+    librosa = types.ModuleType("librosa")
+    librosa.filters, librosa.util = filters, util  # type: ignore[attr-defined]
+    for name, module in {"librosa": librosa, "librosa.filters": filters, "librosa.util": util}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "tango", raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    script = {"__name__": "example"}
+    exec(compile(SCRIPT.read_text(), "tango.py", "exec"), script)
+    clone = types.ModuleType("tango")
+    clone.Tango = Tango  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tango", clone)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> np.ndarray:
+        made.clear()
+        script["main"](["rain on a roof", "--steps", "1", *arguments])  # type: ignore[operator]
+        return soundfile.read(tmp_path / "tango.wav")[0]
+
+    run.librosa = librosa  # type: ignore[attr-defined]
+    return run
 
 
-TAIL = 32  # samples that the vocoder adds, whatever the length
+def test_tango_makes_long_clips(tango: Any) -> None:
+    clip = tango("--seconds", "15", "--sparse-ratio", "0.3")
+    assert len(clip) == pytest.approx(15 * 16000, abs=160)
+    assert made[0].name == "declare-lab/tango2"
+    assert litefocus.status(made[0]).config == LiteFocusConfig(sparse_ratio=0.3)
+    assert tango.librosa.filters.mel(16000, 1024, n_mels=64) == {"sr": 16000, "n_fft": 1024, "n_mels": 64}
+    assert tango.librosa.util.pad_center([1], 2) == ([1], 2)
+    again = tango("--seconds", "15", "--sparse-ratio", "0.3")
+    assert np.array_equal(clip, again)
+
+    half = tango("--seconds", "15", "--sparse-ratio", "0.3", "--dtype", "bfloat16")
+    assert made[0].model.unet.dtype == torch.bfloat16
+    assert made[0].model.text_encoder.weight.dtype == made[0].vae.inner.dtype == torch.float32
+    assert not np.array_equal(half, clip)
+    assert np.abs(half - clip).mean() < 0.2 * np.abs(clip).mean()
 
 
-def clip(tango: Tango, **settings: Any) -> np.ndarray:
-    torch.manual_seed(1)  # Tango draws from the global generator
-    return tango.generate("a hammer", **settings)
+def test_tango_offloads(tango: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    moves: list[tuple[str, str]] = []
+
+    def to(self: nn.Module, device: Any) -> nn.Module:
+        if isinstance(self, (Model, VAE)) and made:
+            moves.append((type(self).__name__, str(device)))
+        return self
+
+    clip = tango("--seconds", "2")
+    monkeypatch.setattr(Model, "to", to, raising=False)
+    monkeypatch.setattr(VAE, "to", to, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_cli, "peak_memory", lambda: "")
+    assert np.array_equal(tango("--seconds", "2", "--offload", "--dtype", "float32"), clip)
+    assert moves == [("VAE", "cpu"), ("Model", "cuda"), ("Model", "cpu"), ("VAE", "cuda")]
 
 
-@pytest.mark.parametrize("seconds", [1.32, 2.6])  # 33 and 65 latent frames: odd at several levels
-def test_tango_is_that_of_masked_dense_attention(tango: Tango, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    hand_in(monkeypatch, min_keys_saved=1, num_samples=1)  # the oracle masks grids of any size, and knows no timesteps
-    litefocus.set_duration(tango, seconds)
-    dense = clip(tango)
-    oracle = copy.deepcopy(tango)
-    install_oracle(oracle.model.unet, ALL)
-    expected = clip(oracle)
-    handle = litefocus.patch(tango, ALL)
-    got = clip(tango)
-    np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-3)
-    assert np.abs(expected - dense).max() > 1e-3
-    status = litefocus.status(tango)
-    assert [layer.freq_bins for layer in status.layers] == [16, 16, 8, 8, 4, 4, 2, 4, 4, 4, 8, 8, 8, 16, 16, 16]
-    assert repr(handle) == repr(status)
-
-
-@pytest.mark.parametrize(("seconds", "frames"), [(20, 500), (9.95, 249)])
-def test_tango_generates_the_length_that_was_set(tango: Tango, seconds: float, frames: int) -> None:
-    usual = clip(tango)
-    assert len(usual) == 256 * 640 + TAIL
-    litefocus.patch(tango)
-    litefocus.set_duration(tango, seconds)
-    assert litefocus.status(tango, seconds=seconds).layers[0].frames == frames
-    long = clip(tango)
-    assert len(long) == frames * 640 + TAIL
-    assert np.isfinite(long).all()
-    litefocus.unpatch(tango)
-    assert np.array_equal(clip(tango), usual)
-    assert "prepare_latents" not in tango.model.__dict__
-
-
-def test_a_set_duration_is_of_one_object_and_can_be_taken_back(tango: Tango) -> None:
-    usual, other = clip(tango), copy.deepcopy(tango)
-    litefocus.set_duration(tango, 10.24)
-    assert np.array_equal(clip(tango), usual)  # the same draw as the original code's
-    litefocus.set_duration(tango, 1)
-    twin = copy.deepcopy(tango)
-    assert len(clip(tango)) == len(clip(twin)) == 16000 + TAIL
-    assert len(clip(other)) == len(usual)
-    for _ in range(2):
-        litefocus.set_duration(tango, None)
-        assert np.array_equal(clip(tango), usual)
-    assert len(clip(twin)) == 16000 + TAIL
-
-
-@pytest.mark.parametrize(
-    ("seconds", "error"),
-    [(0, ValueError), (-1, ValueError), (float("nan"), ValueError), (0.001, ValueError), ("8", TypeError)],
-)
-def test_a_bad_duration_changes_nothing(tango: Tango, seconds: Any, error: type[Exception]) -> None:
-    litefocus.set_duration(tango, 1)
-    with pytest.raises(error, match="seconds must be"):
-        litefocus.set_duration(tango, seconds)
-    assert len(clip(tango)) == 16000 + TAIL
-
-
-def test_a_duration_needs_tango() -> None:
-    with pytest.raises(TypeError, match=r"got an object of type AudioLDMPipeline; .* take audio_length_in_s"):
-        litefocus.set_duration(build("AudioLDM"), 10)
-
-
-def compiled(model: nn.Module) -> Any:
-    return torch.compile(model, backend="eager")
-
-
-def compiled_in_place(model: nn.Module) -> nn.Module:
-    model.compile(backend="eager")
-    return model
-
-
-@pytest.mark.parametrize("restore", [lambda tango: litefocus.set_duration(tango, None), litefocus.unpatch])
-@pytest.mark.parametrize("wrapped_first", [True, False])
-@pytest.mark.parametrize(
-    "wrapper", [compiled, compiled_in_place, Distributed, lambda model: compiled(Distributed(model))]
-)
-def test_the_length_of_a_wrapped_tango_is_taken_back(
-    wrapper: Callable[[Any], Any], wrapped_first: bool, restore: Callable[[Any], None]
-) -> None:
-    torch._dynamo.reset()
-    model = AudioDiffusion(small_unet())
-    arguments = (1, types.SimpleNamespace(init_noise_sigma=1.0), 8, torch.float32, "cpu")
-    tango = types.SimpleNamespace(model=wrapper(model) if wrapped_first else model)
-    litefocus.set_duration(tango, 80)
-    tango.model = tango.model if wrapped_first else wrapper(model)
-
-    def frames() -> int:
-        (length,) = {call(*arguments).shape[2] for call in (model.prepare_latents, model, tango.model)}
-        return length
-
-    assert frames() == 2000
-    litefocus.set_duration(tango, 20)
-    assert frames() == 500
-    restore(tango)
-    assert frames() == 256
-    assert "prepare_latents" not in vars(model)
-    assert "prepare_latents" not in vars(tango.model)
-
-
-def test_what_somebody_had_set_on_the_model_comes_back() -> None:
-    """As users do who edit Tango's length by hand."""
-    model = AudioDiffusion(small_unet())
-    mine = model.prepare_latents = lambda *arguments: torch.zeros(1, 8, 100, 16)
-    tango = types.SimpleNamespace(model=model)
-    for seconds in (10, 20):
-        litefocus.set_duration(tango, seconds)
-    assert model.prepare_latents.num_frames == 500
-    litefocus.unpatch(tango)
-    assert model.prepare_latents is mine
-    litefocus.set_duration(tango, 20)
-    model.prepare_latents = mine  # theirs is theirs
-    litefocus.set_duration(tango, None)
-    assert model.prepare_latents is mine
-
-
-def test_set_duration_tells_what_mustango_leaves_out() -> None:
-    assert "Mustango" in litefocus.set_duration.__doc__
-    assert "10 seconds" in litefocus.set_duration.__doc__
+def test_tango_checks_first(tango: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["--steps", "-2"], "steps must be"),
+        (["--output", "a.ogg"], "output must end in .wav"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            tango(*arguments)
+        error = capsys.readouterr().err
+        assert (stop.value.code, message in error, len(error.strip().splitlines())) == (2, True, 1)
+    assert made == []

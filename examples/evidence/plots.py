@@ -12,15 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 # Okabe and Ito 2008; their yellow is left out, as letters in it cannot be read on white
-BLACK, BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = (
-    "#000000",
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-)
+BLACK, BLUE, VERMILLION, GREEN = "#000000", "#0072B2", "#D55E00", "#009E73"
+PURPLE, ORANGE, SKY = "#CC79A7", "#E69F00", "#56B4E9"
 OTHERS = (ORANGE, SKY, "#7F7F7F")
 MARKERS = "Xv<>ph8"
 STYLES = {  # the same in every plot
@@ -58,35 +51,6 @@ def log_axis(axes: Any, which: str, ticks: Iterable[float]) -> None:
     axis.set_major_locator(FixedLocator(sorted(ticks)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def label_ends(axes: Any, ends: Mapping[str, tuple[float, float]], colours: Mapping[str, str], size: float = 9) -> None:
-    """The name of every line to the right of its last point (x, y), moved up or down where names would overlap."""
-    axes.figure.draw_without_rendering()  # so that the panel has its height
-    points = 72 / axes.figure.dpi
-    places = {name: axes.transData.transform(end)[1] * points for name, end in ends.items()}
-    gap = 1.3 * size
-    order = sorted(places, key=lambda name: places[name])
-    placed = [places[name] for name in order]
-    for _ in range(200):  # push neighbours apart until all have room
-        moved = False
-        for i in range(len(placed) - 1):
-            overlap = gap - (placed[i + 1] - placed[i])
-            if overlap > 0.01:
-                placed[i], placed[i + 1], moved = placed[i] - overlap / 2, placed[i + 1] + overlap / 2, True
-        if not moved:
-            break
-    for name, place in zip(order, placed, strict=True):
-        axes.annotate(
-            name,
-            ends[name],
-            xytext=(8, place - places[name]),
-            textcoords="offset points",
-            va="center",
-            color=colours[name],
-            fontsize=size,
-            annotation_clip=False,
-        )
 
 
 def label_points(

@@ -50,3 +50,11 @@ class LogMel(torch.nn.Module):
         power = spectrum.real.square() + spectrum.imag.square()
         mel = self.filters @ (power + 1e-12).sqrt()
         return mel.clamp(min=LOG_FLOOR).log().transpose(1, 2)[:, None]
+
+
+def log_mels(waves: npt.NDArray[np.float32]) -> Tensor:
+    """(count, samples) -> (count, 1, frames, N_MELS), in small batches."""
+    mel = LogMel()
+    with torch.inference_mode():
+        out = torch.cat([mel(torch.from_numpy(waves[i : i + 32])) for i in range(0, len(waves), 32)])
+    return out.clone()

@@ -1,10 +1,9 @@
 """Does it sound as good? Dense attention, LiteFocus and its peers on a small trained model, judged by numbers.
 
-    python examples/evaluate.py --samples DIR               # every method at 1x, 2x, 4x and 8x the native length
-    python examples/evaluate.py --samples DIR --screen      # many settings, by two measures that need no judge
-    python examples/evaluate.py --samples DIR --quick       # a few clips, to see it work
-    python examples/evaluate.py --samples DIR --methods dense litefocus "self only" --lengths 1
-    python examples/evaluate.py --samples DIR --wavs        # and 12 clips of every method as wavs
+    python examples/evidence/quality.py --samples DIR           # every method at 1x, 2x, 4x and 8x the native length
+    python examples/evidence/quality.py --samples DIR --screen  # many settings, by two measures that need no judge
+    python examples/evidence/quality.py --samples DIR --quick   # a few clips, to see it work
+    python examples/evidence/quality.py --samples DIR --methods dense litefocus "self only" --lengths 1
 
 DIR holds the flac files of Debian's sonic-pi-samples, for real scenes to compare with. Every method gets the same
 prompts and the same noise, class and tempo balanced alike at every length. What is generated lies in --work, so a run
@@ -21,47 +20,91 @@ mean squared distance between embeddings of its 2.56 s windows, where windows of
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
-import platform
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import numpy as np
-import numpy.typing as npt
-import soundfile
-import torch
-import transformers
-from diffusers import AudioLDM2Pipeline, AudioLDM2UNet2DConditionModel
-from matplotlib.lines import Line2D
-from methods import Merged, Peer, Tiles, installed
-from plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, label_points, log_axis, panels, save, styles
-from torch import Tensor
-from tqdm import tqdm
+from report import EXAMPLES, Row, by, interruptible, measured, merged, read, table, write
 
-import litefocus
-from litefocus import LiteFocusConfig, _grid
+METHODS = (
+    "dense",
+    "litefocus",
+    "litefocus, one sample",
+    "shared sample",
+    "paper",
+    "time tiles",
+    "token merging",
+    "self only",
+)
+CLIPS = {1: 288, 2: 144, 4: 72, 8: 48, 16: 24, 32: 12}  # by length: 288 windows, 384 from 8x on
+SCREEN_CLIPS = {1: 12, 4: 8, 8: 4}
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / "embedded"))
 
-from data import CLASS_NAMES, TEMPO_NAMES, Bank, prompts, scene  # noqa: E402
-from judge import load_embedder, load_judge  # noqa: E402
-from mel import CLIP_SECONDS, LogMel  # noqa: E402
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--samples", type=Path, required=True, help="folder with the flac files of sonic-pi-samples")
+    add("--unet", type=Path, default=EXAMPLES / "embedded" / "unet_attentive", help="its folder (default: %(default)s)")
+    add("--label", default="seed 1", help="its name in the JSON (default: %(default)s)")
+    add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
+    lengths = "multiples of 5.12 s (default: 1 2 4 8; of the screen 1 4 8)"
+    add("--lengths", nargs="+", type=int, choices=CLIPS, help=lengths)
+    add("--clips", type=int, help=f"clips at every length (default, by length: {CLIPS})")
+    add("--steps", type=int, default=10)
+    add("--guidance", type=float, default=5.0)
+    add("--seed", type=int, default=1)
+    add("--work", type=Path, default="evaluation", help="where generated mels are kept (default: %(default)s)")
+    add("--output", type=Path, help="write NAME.json, where other rows stay, NAME.md, and its pictures")
+    add("--screen", action="store_true", help="cheap measures for many settings, at 1x, 4x and 8x")
+    add("--settings", nargs="+", metavar="SETTING", help="of the screen, these alone")
+    add("--attention-only", action="store_true", help="of the screen, the error of attention alone")
+    add("--quick", action="store_true", help="12 clips, 4 steps, three methods, native length")
+    add("--threads", type=int, default=1)
+    args = parser.parse_args(argv)
+    if args.quick:
+        args.methods, args.lengths = ["dense", "litefocus", "self only"], [1]
+        args.clips, args.steps = args.clips or 12, min(args.steps, 4)
+    if args.lengths is None:
+        args.lengths = list(SCREEN_CLIPS) if args.screen else [1, 2, 4, 8]
+    if args.screen and not set(args.lengths) <= SCREEN_CLIPS.keys():
+        parser.error(f"--screen takes lengths of {list(SCREEN_CLIPS)}, got {args.lengths}")
+    if args.clips is not None and (args.clips < 12 or args.clips % 12):
+        parser.error(f"--clips must be a multiple of 12, so that classes and tempi are balanced, got {args.clips}")
+    return args
+
+
+if __name__ == "__main__":
+    parse()  # `--help` and mistakes are answered before the imports below, which take seconds
+
+with interruptible():
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+    from data import CLASS_NAMES, TEMPO_NAMES, Bank, prompts, scene
+    from diffusers import AudioLDM2Pipeline, AudioLDM2UNet2DConditionModel
+    from judge import load_embedder, load_judge
+    from matplotlib.lines import Line2D
+    from mel import CLIP_SECONDS, LogMel
+    from methods import Merged, Peer, SelfOnly, Tiles, running
+    from plots import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILLION, label_points, log_axis, panels, save, styles
+    from torch import Tensor
+    from tqdm import tqdm
+
+    import litefocus
+    from litefocus import LiteFocusConfig
 
 Array = npt.NDArray[np.float64]
 CLIP_FRAMES = 512  # mel frames of a window
 NATIVE = 128  # latent frames of the native length
-CLIPS = {1: 288, 2: 144, 4: 72, 8: 48, 16: 24, 32: 12}  # by length: 288 windows, 384 from 8x on
 REFERENCE = 720  # real windows
 TIMESTEPS = (500, 901)
 
@@ -69,50 +112,27 @@ TIMESTEPS = (500, 901)
 # ----------------------------------------------------------------------------------------------------- methods
 
 
-class SelfOnly(Peer):
-    """The control: every token attends to itself alone."""
-
-    def own(self, attn: Any, x: Tensor) -> Tensor:
-        """Values go straight to the output projection."""
-        return attn.to_out[0](attn.to_v(x))
-
-
 @dataclass(frozen=True)
 class Method:
     """A way to run self-attention.
 
     how: LiteFocus with these settings, a peer, or None for dense attention.
-    draws: with LiteFocus, how many samples a layer has, of which every step takes one; None leaves it to the library.
+    samples: with LiteFocus, how many a layer has, of which every step takes one; None leaves it to the library.
     """
 
     how: LiteFocusConfig | type[Peer] | None = None
-    draws: int | None = None
+    samples: int | None = None
 
-    @contextlib.contextmanager
-    def on(self, pipe: AudioLDM2Pipeline) -> Iterator[None]:
-        """The pipeline with the method in place."""
-        with rotation(self.draws), installed(pipe, self.how, NATIVE):
-            yield
-
-
-@contextlib.contextmanager
-def rotation(draws: int | None) -> Iterator[None]:
-    """Layers that are patched inside have so many samples, of which every step takes that of its timestep."""
-    usual = _grid.DRAWS
-    _grid.DRAWS = usual if draws is None else draws
-    try:
-        yield
-    finally:
-        _grid.DRAWS = usual
+    def on(self, pipe: AudioLDM2Pipeline) -> AbstractContextManager[None]:
+        """The pipeline with the method in place, in a `with` block."""
+        return running(pipe, self.how, NATIVE, self.samples)
 
 
 DEFAULT = LiteFocusConfig()
-METHODS: dict[str, Method] = {
+WAYS: dict[str, Method] = {
     "dense": Method(),
     "litefocus": Method(DEFAULT),
-    "litefocus, one sample": Method(DEFAULT, draws=1),
-    "window": Method(LiteFocusConfig(time_window=NATIVE, sparse_ratio=0.2)),
-    "window, none far": Method(LiteFocusConfig(time_window=NATIVE, sparse_ratio=0.2, far_sampled=0)),
+    "litefocus, one sample": Method(DEFAULT, samples=1),
     "shared sample": Method(LiteFocusConfig(same_frequency=False, time_window=None)),
     "paper": Method(LiteFocusConfig.paper()),
     "time tiles": Method(Tiles),
@@ -129,32 +149,11 @@ def labels_of(count: int) -> list[tuple[str, str]]:
     return [(CLASS_NAMES[i % 12], TEMPO_NAMES[(i + i // 12) % 3]) for i in range(count)]
 
 
-def half_precision(pipe: AudioLDM2Pipeline, dtype: torch.dtype) -> None:
-    """Run the UNet alone in `dtype`; the sampler around it stays in float32."""
-
-    def cast(value: Any, to: torch.dtype) -> Any:
-        return value.to(to) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return tuple(cast(x, dtype) for x in args), {name: cast(x, dtype) for name, x in kwargs.items()}
-
-    def leave(_: Any, __: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(cast(x, torch.float32) for x in output)
-
-    for part in pipe.unet.children():
-        part.to(dtype)
-    pipe.unet.register_forward_pre_hook(enter, with_kwargs=True)
-    pipe.unet.register_forward_hook(leave)
-
-
 def load(args: argparse.Namespace) -> AudioLDM2Pipeline:
     """The embedded pipeline, with the UNet to judge."""
-    pipe = AudioLDM2Pipeline.from_pretrained(HERE / "embedded" / "pipeline")
+    pipe = AudioLDM2Pipeline.from_pretrained(EXAMPLES / "embedded" / "pipeline")
     pipe.register_modules(unet=AudioLDM2UNet2DConditionModel.from_pretrained(args.unet).eval())
     pipe.set_progress_bar_config(disable=True)
-    pipe.to(args.device)
-    if args.dtype != "float32":
-        half_precision(pipe, getattr(torch, args.dtype))
     return pipe
 
 
@@ -162,26 +161,26 @@ def digest(*tensors: Tensor) -> str:
     """Of these numbers, to the bit."""
     every = hashlib.sha256()
     for tensor in tensors:
-        every.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        every.update(tensor.detach().float().contiguous().numpy().tobytes())
     return every.hexdigest()
+
+
+def call(pipe: AudioLDM2Pipeline, times: int, timestep: int) -> Tensor:
+    """What the UNet computes for a fixed input of this length."""
+    draw = torch.Generator().manual_seed(0)
+    latent, gpt, t5 = (torch.randn(2, *of, generator=draw) for of in ((8, times * NATIVE, 16), (8, 32), (6, 64)))
+    with torch.inference_mode():
+        return pipe.unet(latent, timestep, gpt, encoder_hidden_states_1=t5, return_dict=False)[0]
 
 
 def fingerprint(pipe: AudioLDM2Pipeline, times: int) -> str:
     """Of what the UNet computes at this length, at two timesteps that take different samples."""
-    draw = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=draw).to(pipe.unet.device)
-
-    latent = normal(2, 8, times * NATIVE, 16)
-    text = {"encoder_hidden_states": normal(2, 8, 32), "encoder_hidden_states_1": normal(2, 6, 64)}
-    with torch.inference_mode():
-        return digest(*(pipe.unet(latent, timestep, **text, return_dict=False)[0] for timestep in TIMESTEPS))
+    return digest(*(call(pipe, times, timestep) for timestep in TIMESTEPS))
 
 
 def kept_file(args: argparse.Namespace, *key: Any) -> Path:
     """Where --work keeps what was made from `key`."""
-    return Path(args.work) / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.pt"
+    return args.work / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.pt"
 
 
 def keep(made: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
@@ -217,7 +216,7 @@ def generate(
     labels, texts = labels_of(count), texts_of(args.seed)
     with method.on(pipe):
         does, decodes = fingerprint(pipe, times), digest(*pipe.vae.parameters())
-        key = (does, decodes, times, count, args.steps, args.guidance, args.seed, args.dtype)
+        key = (does, decodes, times, count, args.steps, args.guidance, args.seed)
         file = kept_file(args, *key, *([noise] if noise else []))
         if file.exists():
             return torch.load(file, weights_only=True)
@@ -233,11 +232,11 @@ def generate(
                 generator=[torch.Generator().manual_seed(1000 * (args.seed + noise) + i) for i in rows],
                 output_type="latent",
             ).audios
-            latents.append(made.half().cpu())
+            latents.append(made.half())
             with torch.inference_mode():
                 for latent in made:
                     decoded = pipe.vae.decode(latent[None] / pipe.vae.config.scaling_factor).sample
-                    mels.append(decoded[0, 0].half().cpu())
+                    mels.append(decoded[0, 0].half())
     return keep({"mels": torch.stack(mels), "latents": torch.cat(latents)}, file)
 
 
@@ -246,12 +245,12 @@ def real(pipe: AudioLDM2Pipeline, count: int, times: int, seed: int, args: argpa
     file = kept_file(args, "real", digest(*pipe.vae.parameters()), count, times, seed)
     if file.exists():
         return torch.load(file, weights_only=True)["mels"].float()
-    bank, mel, parts, labels = Bank(Path(args.samples)), LogMel(), [], labels_of(count)
+    bank, mel, parts, labels = Bank(args.samples), LogMel(), [], labels_of(count)
     for i in tqdm(range(count), desc=f"real scenes, {times}x", mininterval=10):
         wave = scene(bank, *labels[i], np.random.default_rng([seed, i]), times * CLIP_SECONDS)
         with torch.inference_mode():
-            code = pipe.vae.encode(mel(torch.from_numpy(wave)[None]).to(pipe.vae.device)).latent_dist.mean
-            parts.append(pipe.vae.decode(code).sample[0, 0].half().cpu())
+            code = pipe.vae.encode(mel(torch.from_numpy(wave)[None])).latent_dist.mean
+            parts.append(pipe.vae.decode(code).sample[0, 0].half())
     return keep({"mels": torch.stack(parts)}, file)["mels"].float()
 
 
@@ -355,9 +354,7 @@ def measures(heard: Heard, labels: list[tuple[str, str]], reference: Reference) 
     return of
 
 
-def compare(
-    methods: dict[str, Callable[[Any], dict[str, float]]], count: int
-) -> dict[str, dict[str, dict[str, float]]]:
+def compare(methods: dict[str, Callable[[Any], dict[str, float]]], count: int) -> dict[str, Row]:
     """{method: {metric: value, its standard error, difference to dense, its standard error}}, by bootstrap over clips.
 
     The same clips are drawn for all methods, which share prompts and noise: differences are paired.
@@ -367,57 +364,27 @@ def compare(
     resampled = {name: [of(draw) for draw in draws] for name, of in methods.items()}
     everything = np.arange(count)
     values = {name: of(everything) for name, of in methods.items()}
-    table: dict[str, dict[str, dict[str, float]]] = {}
-    for name in methods:
-        table[name] = {}
-        for metric in METRICS:
-            drawn = np.array([of[metric] for of in resampled[name]])
-            cell = {"value": values[name][metric], "se": float(drawn.std(ddof=1))}
-            if "dense" in methods and not name.startswith("real"):
-                base = np.array([of[metric] for of in resampled["dense"]])
-                cell["diff"] = values[name][metric] - values["dense"][metric]
-                cell["diff_se"] = float((drawn - base).std(ddof=1))
-            table[name][metric] = cell
-    return table
-
-
-def verdict(cell: dict[str, float], more_is_better: bool) -> str:
-    """'+' or '-' where a method is better or worse than dense by more than three standard errors."""
-    if cell.get("diff_se", 0.0) <= 0 or abs(cell["diff"]) <= 3 * cell["diff_se"]:
-        return " "
-    return "+" if (cell["diff"] > 0) == more_is_better else "-"
-
-
-def show(table: dict[str, dict[str, dict[str, float]]], times: int, count: int) -> str:
-    """One length's table: value, and difference to dense with its standard error."""
-    lines = [f"{times}x: {count} clips, {count * times} windows; difference to dense ± its standard error"]
-    width = max(len(name) for name in table)
-    lines.append(" " * width + "".join(f"  {metric:<24}" for metric in METRICS))
-    for name, cells in table.items():
-        row = name.ljust(width)
-        for metric, more in METRICS.items():
-            cell = cells[metric]
-            text = f"{cell['value']:.3f}"
-            if name != "dense" and "diff" in cell:
-                text += f" {cell['diff']:+.3f}±{cell['diff_se']:.3f}{verdict(cell, more)}"
-            else:
-                text += f" ±{cell['se']:.3f}"
-            row += f"  {text:<24}"
-        lines.append(row.rstrip())
-    return "\n".join(lines)
+    cells: dict[str, Row] = {name: {} for name in methods}
+    for name, metric in itertools.product(methods, METRICS):
+        drawn = np.array([of[metric] for of in resampled[name]])
+        cells[name][metric] = {"value": values[name][metric], "se": float(drawn.std(ddof=1))}
+        if "dense" in methods and name != "real":
+            base = np.array([of[metric] for of in resampled["dense"]])
+            cells[name][metric]["diff"] = values[name][metric] - values["dense"][metric]
+            cells[name][metric]["diff_se"] = float((drawn - base).std(ddof=1))
+    return cells
 
 
 # ------------------------------------------------------------------------------------------------------ screen
 
-SCREEN_CLIPS = {1: 12, 4: 8, 8: 4}
 WHOLE = {"time_window": None}  # the whole clip in view, as with the default up to half a minute
 
 
 def screened() -> dict[str, dict[str, Method]]:
     """{family: {setting: method}}: what is cheap to try."""
 
-    def focus(draws: int | None = None, **settings: Any) -> Method:
-        return Method(LiteFocusConfig(**settings), draws)
+    def focus(samples: int | None = None, **settings: Any) -> Method:
+        return Method(LiteFocusConfig(**settings), samples)
 
     return {
         "ratio and floor": {
@@ -431,20 +398,20 @@ def screened() -> dict[str, dict[str, Method]]:
             for far in (0, 8, 16, 32)
         },
         "rotation": {
-            f"{name}, {draws} sample{'s' if draws > 1 else ''}": focus(draws, **settings)
+            f"{name}, {samples} sample{'s' if samples > 1 else ''}": focus(samples, **settings)
             for name, settings in {
                 "r = 0.1, floor 32": WHOLE,
                 "r = 0.025, floor 16": {**WHOLE, "sparse_ratio": 0.025, "min_sampled": 16},
                 "window 1x, 16 far": {"time_window": NATIVE},
                 "shared, r = 0.1": {**WHOLE, "same_frequency": False},
             }.items()
-            for draws in (1, 4, 8)
+            for samples in (1, 4, 8)
         },
         "shared sample": {
             f"shared, r = {ratio:g}": focus(**WHOLE, same_frequency=False, sparse_ratio=ratio)
             for ratio in (0.05, 0.1, 0.2)
         },
-        "peers": {name: METHODS[name] for name in ("paper", "time tiles", "token merging", "self only")},
+        "peers": {name: WAYS[name] for name in ("paper", "time tiles", "token merging", "self only")},
     }
 
 
@@ -486,34 +453,40 @@ class Layers:
     inputs: {layer: (samples, tokens, channels)}.
     """
 
-    @torch.inference_mode()
     def __init__(self, pipe: AudioLDM2Pipeline, times: int, inputs: dict[str, Tensor]) -> None:
-        self.pipe, self.seconds, self.inputs = pipe, times * CLIP_SECONDS, inputs
-        self.dense = {name: self.attention(name) for name in inputs}
+        self.pipe, self.times, self.inputs = pipe, times, inputs
+        self.dense = self.outputs()
 
-    def attention(self, name: str) -> Tensor:
-        """What a layer's attention returns for its input, without the projection that follows."""
-        layer = self.pipe.unet.get_submodule(name)
-        projection, layer.to_out[0] = layer.to_out[0], torch.nn.Identity()
-        try:
-            return layer(self.inputs[name])
-        finally:
+    def outputs(self) -> dict[str, Tensor]:
+        """What the attention of every layer returns for its input, without the projection that follows.
+
+        Inside of a call of the UNet, from which a patched layer knows its grid.
+        """
+        found: dict[str, Tensor] = {}
+
+        def attend(name: str, layer: Any, *_: Any) -> None:
+            projection, layer.to_out[0] = layer.to_out[0], torch.nn.Identity()
+            found[name] = layer.forward(self.inputs[name])
             layer.to_out[0] = projection
 
-    @torch.inference_mode()
+        layers = [(name, self.pipe.unet.get_submodule(name)) for name in self.inputs]
+        hooks = [layer.register_forward_pre_hook(functools.partial(attend, name)) for name, layer in layers]
+        call(self.pipe, self.times, TIMESTEPS[0])
+        for hook in hooks:
+            hook.remove()
+        return found
+
     def errors(self, method: Method) -> dict[str, float]:
         """|method - dense| / |dense| of every layer's attention output, on the same input."""
-        found = {}
         with method.on(self.pipe):
-            for name in self.inputs:
-                found[name] = float((self.attention(name) - self.dense[name]).norm() / self.dense[name].norm())
-        return found
+            outputs = self.outputs()
+        return {name: float((outputs[name] - dense).norm() / dense.norm()) for name, dense in self.dense.items()}
 
     def cost(self, method: Method) -> float:
         """The share of dense self-attention's arithmetic that is left."""
         dense = kept = 0.0
         with method.on(self.pipe):
-            for row in litefocus.status(self.pipe, seconds=self.seconds).layers:
+            for row in litefocus.status(self.pipe, seconds=self.times * CLIP_SECONDS).layers:
                 if row.name not in self.inputs:
                     continue
                 layer = self.pipe.unet.get_submodule(row.name)
@@ -530,7 +503,7 @@ def distances(latents: Tensor, dense: Tensor, other: Tensor) -> Array:
     return (apart / noise).double().numpy()
 
 
-def screen(pipe: AudioLDM2Pipeline, times: int, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def screen(pipe: AudioLDM2Pipeline, times: int, args: argparse.Namespace) -> Iterator[Row]:
     """Every setting's cost, error of attention, and distance of final latents to dense, one after the other."""
     layers = Layers(pipe, times, layer_inputs(pipe, times, args))
     count = args.clips or SCREEN_CLIPS[times]
@@ -555,15 +528,6 @@ def screen(pipe: AudioLDM2Pipeline, times: int, args: argparse.Namespace) -> Ite
             yield row
 
 
-def show_screen(rows: list[dict[str, Any]]) -> str:
-    """One length's table of the screen."""
-    lines = [f"{rows[0]['times']}x: share of dense arithmetic, error of attention, distance of final latents"]
-    for row in rows:
-        line = f"{row['setting']:<30}{row['cost']:8.1%}{row['attention']:8.3f} (at most {row['worst']:.3f})"
-        lines.append(line + (f"{row['latents']:9.3f} ± {row['latents_se']:.3f}" if "latents" in row else ""))
-    return "\n".join(lines)
-
-
 # ------------------------------------------------------------------------------------------------------- files
 
 
@@ -579,7 +543,7 @@ def cells_of(row: dict[str, Any]) -> list[tuple[float, str]]:
     return found
 
 
-def count_cells(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def count_cells(rows: list[Row]) -> list[Row]:
     """For every model and method, how many cells are worse or better than dense by over two and three errors.
 
     By chance alone, 2.3 % are worse by over two and 0.1 % by over three.
@@ -600,56 +564,20 @@ def count_cells(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(counts.values())
 
 
-def show_counts(counts: list[dict[str, Any]]) -> str:
-    """The table of `count_cells`."""
-    lines = ["cells worse than dense by over 2 (3) standard errors, better by over 2 (3), of all"]
-    for count in counts:
-        worse, better = ("{} ({})".format(*(count[f"{way}_{n}"] for n in (2, 3))) for way in ("worse", "better"))
-        lines.append(f"{count['model']:<20}{count['method']:<24}{worse:>9}{better:>9}{count['cells']:>6}")
-    return "\n".join(lines)
-
-
-def machine(device: str) -> str:
-    """What ran this."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{model} ({torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores)"
-
-
-def record(kind: str, rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    """Add rows to "rows" or "screen" of the JSON, in place of older ones, and write report and pictures anew."""
+def add(kind: str, rows: list[Row], args: argparse.Namespace) -> None:
+    """Add rows to "rows" or "screen" of the JSON, in place of older ones, and write page and pictures anew."""
+    where = measured("cpu", f"{args.steps} steps, guidance {args.guidance}, seed {args.seed}, {RESAMPLES} resamples")
     file = args.output.with_suffix(".json")
-    kept: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    measured = (
-        f"{machine(args.device)}, torch {torch.__version__}, diffusers {diffusers.__version__}, transformers "
-        f"{transformers.__version__}, litefocus {litefocus.__version__}, {args.steps} steps, guidance {args.guidance}, "
-        f"seed {args.seed}, UNet in {args.dtype}, {RESAMPLES} resamples, {date.today()}"
-    )
-
-    def key(row: dict[str, Any]) -> tuple[Any, ...]:
-        return row["model"], row.get("method", row.get("setting")), row["times"]
-
-    new = {key(row) for row in rows}
-    tables = {name: kept.get(name, []) for name in ("rows", "screen")}
-    tables[kind] = [row for row in tables[kind] if key(row) not in new] + [
-        {**row, "measured": measured} for row in rows
-    ]
+    tables = read(file, "rows", "screen")
+    names = "model", "method" if kind == "rows" else "setting", "times"
+    tables[kind] = merged(tables[kind], [{**row, "measured": where} for row in rows], *names)
     record = {"counts": count_cells(tables["rows"]), **tables}
-    file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    args.output.with_name("EVALUATION.md").write_text(report(record, args.output.name))
-    for name, draw, table in (("", plot_forest, "rows"), ("_cost", plot_cost, "screen")):
-        shown = [row for row in tables[table] if row["model"] == tables[table][0]["model"]]
+    write(file, record)
+    file.with_suffix(".md").write_text(page(record, args.output.name))
+    for name, draw, shown in (("", plot_forest, tables["rows"]), ("_cost", plot_cost, tables["screen"])):
         if shown:  # of the first model
-            draw(shown, args.output.with_name(f"{args.output.name}{name}.png"))
-
-
-def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """A table, line by line."""
-    header = list(header)
-    return ["", *("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)), ""]
+            of = [row for row in shown if row["model"] == shown[0]["model"]]
+            draw(of, args.output.with_name(f"{args.output.name}{name}.png"))
 
 
 def cell_text(cell: dict[str, float]) -> str:
@@ -662,54 +590,71 @@ def cell_text(cell: dict[str, float]) -> str:
     return f"{cell['value']:.3f} ({marks}{difference}{marks})"
 
 
-def by(rows: list[dict[str, Any]], *names: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
-    """Rows by the values of some of their fields, in order of appearance."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in names), []).append(row)
-    return groups
+def counts_table(counts: list[Row]) -> str:
+    """How many cells are beyond two and three standard errors."""
+    header = ("model", "method", "lengths", "cells", "worse by over 2", "over 3", "better by over 2", "over 3")
+    numbers = ("cells", "worse_2", "worse_3", "better_2", "better_3")
+    rows = []
+    for count in counts:
+        lengths = ", ".join(f"{times}x" for times in sorted(count["lengths"]))
+        rows.append([count["model"], count["method"], lengths, *(str(count[name]) for name in numbers)])
+    return table(header, rows)
 
 
-def report(record: dict[str, Any], name: str) -> str:
-    """EVALUATION.md: all tables of the JSON `name`."""
+def sound_table(rows: list[Row]) -> str:
+    """The metrics of every method at one length."""
+    order = {method: place for place, method in enumerate(METHODS)}
+    rows = sorted(rows, key=lambda row: order.get(row["method"], len(order)))
+    cells = [[row["method"], *(cell_text(row[metric]) for metric in METRICS)] for row in rows]
+    return table(("method", *METRICS), cells)
+
+
+def screen_table(rows: list[Row]) -> str:
+    """Cost and errors of every setting, of all lengths side by side."""
+    lengths = sorted({row["times"] for row in rows})
+    header = [f"{times}x {what}" for times in lengths for what in ("cost", "attention", "latents")]
+    lines = []
+    for (setting,), found in by(rows, "setting").items():
+        cells = {row["times"]: row for row in found}
+        line = [setting]
+        for times in lengths:
+            row = cells.get(times)
+            if row is None:
+                line += ["", "", ""]
+                continue
+            line += [f"{row['cost']:.1%}", f"{row['attention']:.3f} ({row['worst']:.3f})"]
+            line.append(f"{row['latents']:.3f} ± {row['latents_se']:.3f}" if "latents" in row else "")
+        lines.append(line)
+    return table(("setting", *header), lines)
+
+
+def sources(rows: list[Row]) -> list[str]:
+    """A line for every run that rows come from."""
+    return [f"{measured}.\n" for measured in dict.fromkeys(row["measured"] for row in rows)]
+
+
+def page(record: dict[str, list[Row]], name: str) -> str:
+    """All tables of the JSON `name`, in Markdown."""
     lines = [
         "# Evaluation",
         "",
-        f"Written by `python examples/evaluate.py --samples DIR --output examples/{name}`; the figures are those of",
-        f"`{name}.json`. How they are measured is in the docstring of `evaluate.py`, what the model is in",
-        "`embedded/README.md`. More is better of class, tempo, inception and beat, less of frechet, kl and drift.",
+        f"Written by `python examples/evidence/quality.py --samples DIR --output examples/evidence/{name}`; the",
+        f"figures are those of `{name}.json`. How they are measured is in the docstring of `quality.py`, what the",
+        "model is in `../embedded/README.md`. More is better of class, tempo, inception and beat, less of frechet, kl",
+        "and drift.",
         "",
         "## Sound",
         "",
         "Values, and differences to dense attention, paired by prompt and noise, with bootstrap standard errors: in",
         "*italics* beyond two of them, in **bold** beyond three. How many cells are beyond, of all lengths (by chance",
         "alone 2.3 % are worse by over two, and 0.1 % by over three):",
+        "",
+        counts_table(record["counts"]),
     ]
-    lines += markdown(
-        ("model", "method", "lengths", "cells", "worse by over 2", "over 3", "better by over 2", "over 3"),
-        (
-            [
-                count["model"],
-                count["method"],
-                ", ".join(f"{times}x" for times in sorted(count["lengths"])),
-                *(str(count[key]) for key in ("cells", "worse_2", "worse_3", "better_2", "better_3")),
-            ]
-            for count in record["counts"]
-        ),
-    )
-    order = [*METHODS, "real"]
     for (model, times), rows in sorted(by(record["rows"], "model", "times").items()):
-        lines += [f"### {model}, {times * CLIP_SECONDS:g} s ({times}x), {rows[0]['clips']} clips"]
-        rows = sorted(rows, key=lambda row: order.index(row["method"]) if row["method"] in order else len(order))
-        lines += markdown(
-            ("method", *METRICS),
-            (
-                [row["method"], *(cell_text(row[metric]) for metric in METRICS)]
-                for row in rows
-                if row["method"] != "real"
-            ),
-        )
-        lines += [f"{measured}.\n" for measured in dict.fromkeys(row["measured"] for row in rows)]
+        lines += [f"### {model}, {times * CLIP_SECONDS:g} s ({times}x), {rows[0]['clips']} clips", ""]
+        generated = [row for row in rows if row["method"] != "real"]
+        lines += [sound_table(generated), *sources(generated)]
     lines += [f"![differences to dense by method and metric]({name}.png)", ""]
     if record["screen"]:
         lines += [
@@ -722,32 +667,15 @@ def report(record: dict[str, Any], name: str) -> str:
             "",
         ]
     for (model,), rows in by(record["screen"], "model").items():
-        lengths = sorted({row["times"] for row in rows})
         clips = {row["times"]: row["clips"] for row in rows}
-        lines += [f"### {model}: " + ", ".join(f"{n}x ({clips[n]} clips)" for n in lengths)]
-        header = [f"{n}x {what}" for n in lengths for what in ("cost", "attention", "latents")]
-        table = []
-        for (setting,), found in by(rows, "setting").items():
-            cells = {row["times"]: row for row in found}
-            line = [setting]
-            for n in lengths:
-                row = cells.get(n)
-                line += (
-                    ["", "", ""]
-                    if row is None
-                    else [f"{row['cost']:.1%}", f"{row['attention']:.3f} ({row['worst']:.3f})"]
-                )
-                if row is not None:
-                    line.append(f"{row['latents']:.3f} ± {row['latents_se']:.3f}" if "latents" in row else "")
-            table.append(line)
-        lines += markdown(("setting", *header), table)
-        lines += [f"{measured}.\n" for measured in dict.fromkeys(row["measured"] for row in rows)]
+        lines += [f"### {model}: " + ", ".join(f"{times}x ({clips[times]} clips)" for times in sorted(clips)), ""]
+        lines += [screen_table(rows), *sources(rows)]
     if record["screen"]:
         lines += [f"![error of attention against cost]({name}_cost.png)", ""]
     return "\n".join(lines)
 
 
-def plot_forest(rows: list[dict[str, Any]], path: Path) -> None:
+def plot_forest(rows: list[Row], path: Path) -> None:
     """Differences to dense, method by metric, a panel for every length."""
     lengths = sorted({row["times"] for row in rows})
     names = [name for name in METHODS if name not in ("dense", "self only") and any(r["method"] == name for r in rows)]
@@ -798,7 +726,13 @@ FAMILIES = {  # colour and marker of the screen's families
 }
 
 
-def plot_cost(rows: list[dict[str, Any]], path: Path) -> None:
+MEASURES = {
+    "latents": "distance of final latents to dense\n(1: dense from other noise)",
+    "attention": "relative error of the attention output",
+}
+
+
+def plot_cost(rows: list[Row], path: Path) -> None:
     """The screen: how far from dense, against cost, with the Pareto front, a panel for every length.
 
     By final latents where they were generated, else by the attention output.
@@ -833,11 +767,7 @@ def plot_cost(rows: list[dict[str, Any]], path: Path) -> None:
         log_axis(axes, "y", (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0))
         axes.set(xlim=(0.05, 1.05), xlabel="share of dense self-attention's arithmetic")
         axes.set_title(f"{times * CLIP_SECONDS:g} s ({times}x)")
-        axes.set_ylabel(
-            "distance of final latents to dense\n(1: dense from other noise)"
-            if measure == "latents"
-            else "relative error of the attention output"
-        )
+        axes.set_ylabel(MEASURES[measure])
         label_points(axes, points, colours, others=drawn)
     marks = [Line2D([], [], color=c, marker=m, linestyle="none", label=name) for name, (c, m) in FAMILIES.items()]
     marks.append(Line2D([], [], color="0.6", label="Pareto front"))
@@ -856,128 +786,40 @@ LABELLED = {  # points with a name, of the screen's settings
     "token merging": "token merging",
 }
 
-PICTURED = "drone"  # a tone that lasts, so that a mel axis shows it
-
-
-def plot_spectrograms(mels: dict[str, Tensor], times: int, path: Path, args: argparse.Namespace) -> None:
-    """One clip on a mel axis: dense, LiteFocus, and how far it and the paper's method are from dense."""
-    labels = labels_of(len(mels["dense"]))
-    clip = next(i for i, (sound, _) in enumerate(labels) if sound == PICTURED)
-    dense = mels["dense"][clip]
-    shown = {name: mels[name][clip] for name in ("dense", "litefocus")}
-    shown |= {f"{name} - dense": mels[name][clip] - dense for name in ("litefocus", "paper") if name in mels}
-    figure, every = panels(1, len(shown), width=11, height=2.4)
-    for axes, (title, values) in zip(every, shown.items(), strict=True):
-        difference = title not in mels
-        scale = {"cmap": "PuOr", "vmin": -3, "vmax": 3} if difference else {"cmap": "cividis", "vmin": -11, "vmax": 1}
-        extent = (0, times * CLIP_SECONDS, 0, values.shape[1])
-        picture = axes.imshow(values.T.numpy(), origin="lower", aspect="auto", extent=extent, **scale)
-        figure.colorbar(picture, ax=axes, label="nats")
-        axes.set(title=title, ylabel="mel bin")
-        axes.grid(visible=False)
-    every[-1].set_xlabel("time (s)")
-    figure.suptitle(f"“{texts_of(args.seed)[labels[clip]].strip()}”, {args.steps} steps")
-    save(figure, path)
-
-
-def write_wavs(pipe: AudioLDM2Pipeline, mels: dict[str, Tensor], args: argparse.Namespace) -> None:
-    """The first 12 clips of every method through the vocoder, into --work."""
-    for name, of in mels.items():
-        folder = Path(args.work) / "wavs" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for i, (sound, tempo) in enumerate(labels_of(12)):
-            with torch.inference_mode():
-                wave = pipe.vocoder(of[i].to(pipe.vocoder.device)).float().cpu().numpy()
-            soundfile.write(folder / f"{i:02} {tempo} {sound}.wav", wave, 16000)
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", required=True, help="folder with the flac files of sonic-pi-samples")
-    parser.add_argument(
-        "--unet", default=str(HERE / "embedded" / "unet_attentive"), help="its folder (default: %(default)s)"
-    )
-    parser.add_argument("--label", default="seed 1", help="its name in the JSON (default: %(default)s)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
-    parser.add_argument(
-        "--lengths",
-        nargs="+",
-        type=int,
-        choices=CLIPS,
-        help="multiples of 5.12 s (default: 1 2 4 8; of the screen 1 4 8)",
-    )
-    parser.add_argument("--clips", type=int, help=f"clips at every length (default, by length: {CLIPS})")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--guidance", type=float, default=5.0)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)"
-    )
-    parser.add_argument("--dtype", default="float32", help="of the UNet (default: %(default)s)")
-    parser.add_argument("--work", default="evaluation", help="where generated mels are kept (default: %(default)s)")
-    parser.add_argument(
-        "--output", type=Path, help="write NAME.json, where other rows stay, its pictures, and EVALUATION.md"
-    )
-    parser.add_argument("--screen", action="store_true", help="cheap measures for many settings, at 1x, 4x and 8x")
-    parser.add_argument("--settings", nargs="+", metavar="SETTING", help="of the screen, these alone")
-    parser.add_argument("--attention-only", action="store_true", help="of the screen, the error of attention alone")
-    parser.add_argument("--wavs", action="store_true", help="12 clips of every method as wavs, at the last length")
-    parser.add_argument("--quick", action="store_true", help="12 clips, 4 steps, three methods, native length")
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args(argv)
-    if args.quick:
-        args.methods, args.lengths = ["dense", "litefocus", "self only"], [1]
-        args.clips, args.steps = args.clips or 12, min(args.steps, 4)
-    if args.lengths is None:
-        args.lengths = list(SCREEN_CLIPS) if args.screen else [1, 2, 4, 8]
-    if args.screen and not set(args.lengths) <= SCREEN_CLIPS.keys():
-        parser.error(f"--screen takes lengths of {list(SCREEN_CLIPS)}, got {args.lengths}")
-    if args.clips is not None and (args.clips < 12 or args.clips % 12):
-        parser.error(f"--clips must be a multiple of 12, so that classes and tempi are balanced, got {args.clips}")
-    return args
-
 
 def main(argv: list[str] | None = None) -> None:
     """Generate what is missing, listen, print."""
     args = parse(argv)
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
-    Path(args.work).mkdir(parents=True, exist_ok=True)
+    args.work.mkdir(parents=True, exist_ok=True)
     pipe = load(args)
     if args.screen:
         for times in args.lengths:
             rows = list(screen(pipe, times, args))
-            print(show_screen(rows), flush=True)
+            print(screen_table(rows), flush=True)
             if args.output:
-                record("screen", rows, args)
+                add("screen", rows, args)
         return
-    count = 72 if args.quick else REFERENCE
+    count = 36 if args.quick else REFERENCE
     reference = Reference(listen(real(pipe, count, 1, 880_001, args)), labels_of(count))
-    every = []
+    every: list[Row] = []
     for times in args.lengths:
         clips = args.clips or CLIPS[times]
         labels = labels_of(clips)
-        mels = {name: generate(pipe, name, METHODS[name], times, clips, args)["mels"].float() for name in args.methods}
+        mels = {name: generate(pipe, name, WAYS[name], times, clips, args)["mels"].float() for name in args.methods}
         heard = {name: listen(of) for name, of in mels.items()}
         heard["real"] = listen(real(pipe, clips, times, 880_002, args))
-        table = compare({name: measures(of, labels, reference) for name, of in heard.items()}, clips)
-        print(show(table, times, clips), flush=True)
-        rows = [
-            {"model": args.label, "method": name, "times": times, "clips": clips, **cells}
-            for name, cells in table.items()
-        ]
+        cells = compare({name: measures(of, labels, reference) for name, of in heard.items()}, clips)
+        about = {"times": times, "clips": clips}
+        rows = [{"model": args.label, "method": name, **about, **of} for name, of in cells.items()]
+        print(f"{times}x: {clips} clips, {clips * times} windows\n\n{sound_table(rows)}", flush=True)
         every += rows
         if args.output:
-            record("rows", rows, args)
-            if {"dense", "litefocus"} <= mels.keys() and times == max(
-                n for n in args.lengths if n <= max(4, args.lengths[0])
-            ):
-                plot_spectrograms(mels, times, args.output.with_name(f"{args.output.name}_spectrograms.png"), args)
-        if args.wavs and times == args.lengths[-1]:
-            write_wavs(pipe, mels, args)
-    print(show_counts(count_cells(every)))
+            add("rows", rows, args)
+    print(counts_table(count_cells(every)))
 
 
 if __name__ == "__main__":
-    main()
+    with interruptible():
+        main()

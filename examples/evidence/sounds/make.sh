@@ -1,12 +1,12 @@
 #!/bin/sh
 # Makes the clips of this folder: every prompt once with dense attention and once patched, from the same noise, and three
 # minutes of one. From the small pipeline that was trained for this repository, so they sound like it.
-#     sh examples/sounds/make.sh [PYTHON]
+#     sh examples/evidence/sounds/make.sh [PYTHON]
 set -eu
 cd "$(dirname "$0")"
 python=${1:-python}
 for prompt in "a fast tabla rhythm" "a slow bell" "a medium breakbeat" "a medium guitar phrase"; do
-    "$python" ../generate.py "$prompt" --compare --runs 1 --output "$(echo "$prompt" | tr ' ' '_').mp3"
+    "$python" ../../generate.py "$prompt" --compare --runs 1 --output "$(echo "$prompt" | tr ' ' '_').mp3"
 done
-"$python" ../generate.py "a fast tabla rhythm" --seconds 180 --output three_minutes.mp3
+"$python" ../../generate.py "a fast tabla rhythm" --seconds 180 --output three_minutes.mp3
 rm -f ./*.png

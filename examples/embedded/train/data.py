@@ -2,7 +2,7 @@
 
 A scene is one steady pattern: a class (`CLASSES`), a tempo (`TEMPI`), one to four recordings, one event per
 beat (two in a breakbeat), nothing off the grid. Sounds that have no hits carry their tempo as swells (drone)
-or pulses (vinyl hiss). The recordings are those that Debian's package sonic-pi-samples marks CC0.
+or pulses (vinyl hiss). The recordings are those of manifest.csv, which Debian's package sonic-pi-samples marks CC0.
 """
 
 import csv
@@ -41,72 +41,38 @@ class SoundClass:
         return self.held_out if split == "held_out" and self.held_out else self.train
 
 
-CLASSES: dict[str, SoundClass] = {
-    "kick": SoundClass(
-        ("kick drum", "kick"),
-        ("bd_haus", "bd_fat", "bd_klub", "bd_tek", "bd_808", "bd_gas", "bd_zome", "drum_heavy_kick"),
-        ("bd_pure", "bd_sone", "drum_bass_hard"),
-    ),
-    "snare": SoundClass(
-        ("snare drum", "snare"),
-        ("drum_snare_hard", "elec_hi_snare", "elec_lo_snare", "elec_snare", "sn_dolf", "sn_dub", "elec_filt_snare"),
-        ("drum_snare_soft", "elec_mid_snare", "sn_zome"),
-    ),
-    "cymbal": SoundClass(
-        ("cymbal", "cymbals"),
-        ("drum_cymbal_closed", "drum_cymbal_hard", "drum_cymbal_open", "drum_cymbal_soft", "drum_splash_hard"),
-        ("drum_splash_soft", "drum_cymbal_pedal"),
-    ),
-    "tom": SoundClass(
-        ("tom drum", "tom", "toms"),
-        ("drum_tom_hi_hard", "drum_tom_mid_hard", "drum_tom_lo_hard"),
-        ("drum_tom_hi_soft", "drum_tom_mid_soft", "drum_tom_lo_soft"),
-    ),
-    "tabla": SoundClass(
-        ("tabla", "tabla drum"),
-        (
-            *("tabla_na", "tabla_na_o", "tabla_tun1", "tabla_tun2", "tabla_ghe1", "tabla_ghe2", "tabla_ghe3"),
-            *("tabla_ghe5", "tabla_dhec", "tabla_te_m", "tabla_tas1", "tabla_tas2", "tabla_te1", "tabla_re"),
-        ),
-        ("tabla_na_s", "tabla_tun3", "tabla_ghe7", "tabla_ghe8", "tabla_tas3", "tabla_te2"),
-    ),
-    "drone": SoundClass(
-        ("drone", "ambient drone"), ("ambi_drone", "ambi_haunted_hum", "ambi_glass_hum", "ambi_lunar_land")
-    ),
-    "bass line": SoundClass(
-        ("bass line", "bass"),
-        ("bass_dnb_f", "bass_drop_c", "bass_hard_c", "bass_thick_c", "bass_woodsy_c"),
-        ("bass_trance_c",),
-    ),
-    "guitar phrase": SoundClass(
-        ("guitar phrase", "guitar", "electric guitar"), ("guit_e_fifths", "guit_em9", "guit_harmonics", "guit_e_slide")
-    ),
-    "bell": SoundClass(
-        ("bell", "bells"),
-        ("perc_bell", "elec_bell", "elec_chime", "drum_cowbell", "elec_ping"),
-        ("elec_triangle", "elec_bong"),
-    ),
-    "breakbeat": SoundClass(("breakbeat", "drum break"), ("loop_amen", "loop_breakbeat", "loop_amen_full")),
-    "vinyl hiss": SoundClass(("vinyl hiss", "record hiss"), ("vinyl_hiss",)),
-    "robot voice": SoundClass(
-        ("robot voice", "robot", "robotic voice"), ("ambi_choir", "bass_voxy_c", "misc_crow"), ("bass_voxy_hit_c",)
-    ),
+NOUNS = {  # what the prompts call a class
+    "kick": ("kick drum", "kick"),
+    "snare": ("snare drum", "snare"),
+    "cymbal": ("cymbal", "cymbals"),
+    "tom": ("tom drum", "tom", "toms"),
+    "tabla": ("tabla", "tabla drum"),
+    "drone": ("drone", "ambient drone"),
+    "bass line": ("bass line", "bass"),
+    "guitar phrase": ("guitar phrase", "guitar", "electric guitar"),
+    "bell": ("bell", "bells"),
+    "breakbeat": ("breakbeat", "drum break"),
+    "vinyl hiss": ("vinyl hiss", "record hiss"),
+    "robot voice": ("robot voice", "robot", "robotic voice"),
+}
+with Path(__file__).with_name("manifest.csv").open() as _file:
+    MANIFEST = list(csv.DictReader(_file))
+
+
+def _recordings(*splits: str, sound: str = "") -> tuple[str, ...]:
+    """Names in the manifest, of a class or of all."""
+    rows = [row for row in MANIFEST if row["split"] in splits and sound in ("", row["class"])]
+    return tuple(row["file"].removesuffix(".flac") for row in rows)
+
+
+CLASSES = {
+    sound: SoundClass(nouns, _recordings("train", "both", sound=sound), _recordings("held_out", sound=sound))
+    for sound, nouns in NOUNS.items()
 }
 CLASS_NAMES = tuple(CLASSES)
 
 # Recordings that no training scene of the pipeline, or of the judge, holds: those held out, and others marked CC0.
-STRANGERS: tuple[str, ...] = (
-    *("ambi_dark_woosh", "ambi_glass_rub", "ambi_piano", "ambi_soft_buzz", "ambi_swoosh", "bass_hit_c"),
-    *("bass_trance_c", "bass_voxy_hit_c", "bd_ada", "bd_boom", "bd_pure", "bd_sone", "bd_zum", "drum_bass_hard"),
-    *("drum_bass_soft", "drum_cymbal_pedal", "drum_roll", "drum_snare_soft", "drum_splash_soft"),
-    *("drum_tom_hi_soft", "drum_tom_lo_soft", "drum_tom_mid_soft", "elec_beep", "elec_blip", "elec_blip2"),
-    *("elec_blup", "elec_bong", "elec_cymbal", "elec_flip", "elec_fuzz_tom", "elec_hollow_kick", "elec_mid_snare"),
-    *("elec_plip", "elec_pop", "elec_soft_kick", "elec_tick", "elec_triangle", "elec_twang", "elec_twip"),
-    *("elec_wood", "loop_compus", "loop_garzul", "loop_industrial", "loop_mika", "loop_safari", "loop_tabla"),
-    *("misc_burp", "misc_cineboom", "perc_snap", "perc_snap2", "perc_swash", "perc_till", "sn_zome"),
-    *("tabla_ghe4", "tabla_ghe6", "tabla_ghe7", "tabla_ghe8", "tabla_ke1", "tabla_ke2", "tabla_ke3", "tabla_na_s"),
-    *("tabla_tas3", "tabla_te2", "tabla_te_ne", "tabla_tun3", "vinyl_backspin", "vinyl_rewind", "vinyl_scratch"),
-)
+STRANGERS = tuple(sorted(_recordings("held_out", "embedder")))
 TEMPO_NAMES = tuple(TEMPI)
 
 TEMPO_WORDS = {"slow": ("slow", "calm"), "medium": ("medium", "moderate"), "fast": ("fast", "quick")}
@@ -356,33 +322,3 @@ def scenes(
         grid = on_grid(i) if callable(on_grid) else on_grid
         out[i] = scene(bank, sound, tempo, np.random.default_rng([seed, i]), seconds, split, grid)
     return out, labels
-
-
-# ------------------------------------------------------------------------------------------------ manifest
-
-
-def write_manifest(bank: Bank, copyright_file: Path, target: Path) -> None:
-    """List every recording used: file, author, source, licence, class, split. Refuses any that is not CC0."""
-    notes: dict[str, dict[str, str]] = {}
-    for paragraph in copyright_file.read_text().split("\n\n"):
-        fields: dict[str, str] = dict(re.findall(r"^(\S+):[ \n]*([^\n]+)", paragraph, re.MULTILINE))
-        block = re.search(r"^Files:(.*?)(?=^\S+:|\Z)", paragraph, re.DOTALL | re.MULTILINE)
-        for name in block.group(1).split() if block else []:
-            notes[Path(name).name] = fields
-    with target.open("w", newline="") as stream:
-        rows = csv.writer(stream, lineterminator="\n")
-        rows.writerow(["file", "class", "split", "seconds", "author", "source", "licence"])
-        listed = [
-            (name, sound, "held_out" if name in spec.held_out else "train" if spec.held_out else "both")
-            for sound, spec in CLASSES.items()
-            for name in spec.train + spec.held_out
-        ]
-        known = {name for name, _, _ in listed}
-        listed += [(name, "-", "embedder") for name in STRANGERS if name not in known]
-        for name, sound, split in listed:
-            entry = notes[f"{name}.flac"]
-            if entry["License"].strip() != "CC0":
-                raise ValueError(f"{name}.flac is marked {entry['License']}, not CC0")
-            seconds = soundfile.info(bank.folder / f"{name}.flac").duration
-            author = entry["Copyright"].strip()
-            rows.writerow([f"{name}.flac", sound, split, f"{seconds:.2f}", author, entry.get("Source", "-"), "CC0"])

@@ -12,6 +12,33 @@ import platform
 import time
 from pathlib import Path
 
+HERE = Path(__file__).parent
+LONG = 8  # long clips are this many times the native length
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--samples", type=Path, help="folder with the flac files of sonic-pi-samples (for the real scenes)")
+    add("--pipeline", type=Path, default=HERE.parent / "pipeline")
+    add("--only", choices=("real", "native", "long"), help="one part; results.json keeps the rest")
+    add("--clips", type=int, default=108, help="native-length clips (default: %(default)s)")
+    add("--long-clips", type=int, default=12, help="8x clips (default: %(default)s)")
+    add("--steps", type=int, default=30)
+    add("--guidance", type=float, default=5.0)
+    add("--seed", type=int, default=0)
+    add("--threads", type=int, default=2)
+    add("--output", type=Path, default=HERE / "results.json")
+    args = parser.parse_args(argv)
+    if args.samples is None and args.only in (None, "real"):
+        parser.error("the real scenes need --samples")
+    return args
+
+
+if __name__ == "__main__":
+    parse()  # `--help` and mistakes are answered before the imports below, which take seconds
+
 import diffusers
 import numpy as np
 import torch
@@ -19,18 +46,8 @@ import transformers
 from data import CLASS_NAMES, TEMPO_NAMES, Bank, Wave, balanced, prompts, scenes
 from diffusers import AudioLDM2Pipeline
 from judge import window_probabilities
-from mel import CLIP_SAMPLES, CLIP_SECONDS, LogMel
+from mel import CLIP_SAMPLES, CLIP_SECONDS, log_mels
 from tqdm import tqdm
-
-HERE = Path(__file__).parent
-LONG = 8  # long clips are this many times the native length
-
-
-def log_mels(waves: Wave) -> torch.Tensor:
-    """(count, samples) -> (count, 1, frames, 64), in small batches."""
-    mel = LogMel()
-    with torch.inference_mode():
-        return torch.cat([mel(torch.from_numpy(waves[i : i + 32])) for i in range(0, len(waves), 32)])
 
 
 def reconstruction(pipe: AudioLDM2Pipeline, waves: Wave) -> dict[str, float]:
@@ -88,31 +105,17 @@ def generate(
     return np.concatenate(clips), labels
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", help="folder with the flac files of sonic-pi-samples (for the real scenes)")
-    parser.add_argument("--pipeline", default=str(HERE / "pipeline"))
-    parser.add_argument("--only", choices=("real", "native", "long"), help="one part; results.json keeps the rest")
-    parser.add_argument("--clips", type=int, default=108, help="native-length clips (default: %(default)s)")
-    parser.add_argument("--long-clips", type=int, default=12, help="8x clips (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--guidance", type=float, default=5.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", default=str(HERE / "results.json"))
-    parser.add_argument("--keep", help="also save the generated clips in this folder, as .npy")
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    """Measure, write, print."""
+    args = parse(argv)
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     pipe = AudioLDM2Pipeline.from_pretrained(args.pipeline)
     pipe.set_progress_bar_config(disable=True)
-    output = Path(args.output)
-    results = json.loads(output.read_text()) if output.exists() else {}
+    results = json.loads(args.output.read_text()) if args.output.exists() else {}
 
     if args.only in (None, "real"):
-        if args.samples is None:
-            parser.error("the real scenes need --samples")
-        bank = Bank(Path(args.samples))
+        bank = Bank(args.samples)
         unseen, labels = scenes(bank, 144, seed=990_001, split="held_out", on_grid=False)
         known, known_labels = scenes(bank, 144, seed=990_002, on_grid=False)
         results["reconstruction of held-out scenes"] = reconstruction(pipe, unseen)
@@ -125,9 +128,6 @@ def main() -> None:
             used = time.perf_counter() - begin
             entry = score(clips, labels) | {"clips": count, "steps": args.steps, "guidance": args.guidance}
             results[f"generated, {times} x {CLIP_SECONDS} s"] = entry | {"seconds_per_clip": used / count}
-            if args.keep:
-                Path(args.keep).mkdir(parents=True, exist_ok=True)
-                np.save(Path(args.keep) / f"{part}.npy", clips)
     results["measured"] = {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": "2-core x86-64 virtual machine, AVX2, no GPU",
@@ -136,7 +136,7 @@ def main() -> None:
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
     }
-    output.write_text(json.dumps(results, indent=2) + "\n")
+    args.output.write_text(json.dumps(results, indent=2) + "\n")
     for name, entry in results.items():
         shown = {k: round(v, 3) if isinstance(v, float) else v for k, v in entry.items()}
         print(f"{name}: {shown}")

@@ -3,10 +3,10 @@
     python train.py vae --samples DIR            # log-mel autoencoder
     python train.py vocoder --samples DIR        # log-mel to waveform
     python train.py classifier --samples DIR     # the judge: class and tempo of a waveform
-    python train.py embedder --samples DIR       # its ears for Fréchet distances, on recordings of their own
+    python train.py embedder --samples DIR       # embeddings for Fréchet distances, from other recordings
     python train.py unet --samples DIR           # the denoiser, on latents of the trained VAE
     python train.py export                       # pipeline/ and classifier.safetensors, fp16
-    python figures.py --samples DIR              # the figures of README.md, results.json
+    python figures.py --samples DIR              # the figures of ../README.md, results.json
 
 DIR holds the flac files of Debian's sonic-pi-samples. Every training stage stops after `--minutes`, writes a
 checkpoint to `--work` once a minute and goes on from it when started again. The learning rate follows the
@@ -24,31 +24,46 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+HERE = Path(__file__).parent
+STAGES = ("vae", "vocoder", "classifier", "embedder", "unet", "export")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("stage", choices=STAGES)
+    add("--samples", type=Path, help="folder with the flac files of sonic-pi-samples")
+    add("--work", type=Path, default="work", help="folder for checkpoints (default: %(default)s)")
+    add("--minutes", type=float, help="training time (default: what the shipped weights had)")
+    add("--scenes", type=int, default=1440, help="training scenes of the UNet (default: %(default)s)")
+    add("--output", type=Path, default=HERE.parent / "pipeline", help="export: folder (default: %(default)s)")
+    add("--name", default="unet", help="unet, export: name of the checkpoint (default: %(default)s)")
+    add("--seed", type=int, default=4, help="unet: seed of the first weights (default: %(default)s)")
+    add("--widths", type=int, nargs="+", default=(32, 48, 64, 96), help="unet, export: channels of every level")
+    share = "unet: share of the time on half-length clips (default: %(default)s)"
+    add("--half-length", type=float, default=0.75, help=share)
+    add("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.samples is None and args.stage != "export":
+        parser.error("this stage needs --samples: the folder with the flac files of sonic-pi-samples")
+    return args
+
+
+if __name__ == "__main__":
+    parse()  # `--help` and mistakes are answered before the imports below, which take seconds
+
 import numpy as np
 import torch
 import torch.distributed as dist
-from data import (
-    ASIDES,
-    CLASS_NAMES,
-    GRID,
-    STRANGERS,
-    TEMPO_NAMES,
-    Bank,
-    Wave,
-    balanced,
-    prompts,
-    scenes,
-    stranger,
-    write_manifest,
-)
+from data import ASIDES, CLASS_NAMES, GRID, STRANGERS, TEMPO_NAMES, Bank, balanced, prompts, scenes, stranger
 from diffusers import AudioLDM2Pipeline, AutoencoderKL
 from judge import Embedder, Judge
-from mel import CLIP_SECONDS, HOP, LOG_FLOOR, N_MELS, LogMel
+from mel import CLIP_SECONDS, HOP, LOG_FLOOR, N_MELS, LogMel, log_mels
 from models import new_pipeline, new_scheduler, new_unet, new_vae, new_vocoder
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import SpeechT5HifiGan
 
 # --------------------------------------------------------------------------------------------- training loop
 
@@ -67,7 +82,7 @@ def fit(
 
     `loss_of(progress)` gets the share of the time used and returns named terms; "loss" is minimised.
     """
-    work = Path(args.work)
+    work = args.work
     checkpoint = work / f"{name}.pt"
     average = copy.deepcopy(model).requires_grad_(False)
     optimiser = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=0.01)
@@ -147,26 +162,12 @@ def crops(stack: Tensor, length: int, batch: int, seed: int) -> Iterator[tuple[T
         yield torch.stack([stack[i, :, t : t + length] for i, t in places]), places
 
 
-def log_mels(waves: Wave) -> Tensor:
-    """(count, samples) -> (count, 1, frames, N_MELS), in small batches."""
-    mel = LogMel()
-    with torch.inference_mode():
-        out = torch.cat([mel(torch.from_numpy(waves[i : i + 32])) for i in range(0, len(waves), 32)])
-    return out.clone()
-
-
-def bank_of(args: argparse.Namespace) -> Bank:
-    if args.samples is None:
-        raise SystemExit("this stage needs --samples: the folder with the flac files of sonic-pi-samples")
-    return Bank(Path(args.samples))
-
-
 # ------------------------------------------------------------------------------------------------------- VAE
 
 
 def train_vae(args: argparse.Namespace) -> None:
     torch.manual_seed(1)
-    waves, _ = scenes(bank_of(args), 1440, seed=11, on_grid=lambda i: i % 3 > 0)
+    waves, _ = scenes(Bank(args.samples), 1440, seed=11, on_grid=lambda i: i % 3 > 0)
     mels = log_mels(waves)
     vae = new_vae()
     batches = crops(mels, 64, 4, seed=int(time.time()))
@@ -183,8 +184,8 @@ def train_vae(args: argparse.Namespace) -> None:
     with torch.inference_mode():
         latents = torch.cat([average.encode(mels[i : i + 8]).latent_dist.mean for i in range(0, 360, 8)])
     average.register_to_config(scaling_factor=1.0 / float(latents.std()))
-    average.save_pretrained(Path(args.work) / "vae")
-    print(f"latent std {latents.std():.3f}, mean {latents.mean():.3f}; held-out L1 {vae_error(average, args):.3f}")
+    average.save_pretrained(args.work / "vae")
+    print(f"latent std {latents.std():.3f}, mean {latents.mean():.3f}")
 
 
 def _vae_pass(vae: AutoencoderKL, mel: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,19 +195,6 @@ def _vae_pass(vae: AutoencoderKL, mel: Tensor, noise: Tensor) -> tuple[Tensor, T
     latent = mean + noise * (0.5 * log_variance).exp()
     kl = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).mean()
     return vae.decoder(vae.post_quant_conv(latent)), kl
-
-
-def held_out(args: argparse.Namespace, count: int = 144) -> tuple[Wave, list[tuple[str, str]]]:
-    """Scenes of unseen seeds and, where the class has them, unseen recordings; off the training grid."""
-    return scenes(bank_of(args), count, seed=990_001, split="held_out", on_grid=False)
-
-
-def vae_error(vae: AutoencoderKL, args: argparse.Namespace) -> float:
-    """Mean absolute log-mel error (nats) of held-out scenes through the VAE."""
-    mels = log_mels(held_out(args)[0])
-    with torch.inference_mode():
-        out = torch.cat([vae.decode(vae.encode(m).latent_dist.mean).sample for m in mels.split(8)])
-    return float((out - mels).abs().mean())
 
 
 # --------------------------------------------------------------------------------------------------- vocoder
@@ -241,7 +229,7 @@ class SpectralLoss(nn.Module):
 
 def train_vocoder(args: argparse.Namespace) -> None:
     torch.manual_seed(2)
-    waves, _ = scenes(bank_of(args), 1440, seed=22, on_grid=lambda i: i % 3 > 0)
+    waves, _ = scenes(Bank(args.samples), 1440, seed=22, on_grid=lambda i: i % 3 > 0)
     mels = log_mels(waves)
     sound = torch.from_numpy(waves)
     vocoder = new_vocoder()
@@ -254,16 +242,7 @@ def train_vocoder(args: argparse.Namespace) -> None:
         real = torch.stack([sound[i, HOP * t : HOP * (t + frames)] for i, t in places])
         return distance(vocoder(mel[:, 0]), real)
 
-    average = fit("vocoder", vocoder, loss_of, args, peak_rate=1.5e-3, minutes=args.minutes or 52.0)
-    print(f"held-out mel L1 {vocoder_error(average, args):.3f}")
-
-
-def vocoder_error(vocoder: SpeechT5HifiGan, args: argparse.Namespace) -> float:
-    """Mean absolute log-mel error (nats) of held-out scenes through the vocoder."""
-    mels = log_mels(held_out(args)[0])
-    with torch.inference_mode():
-        made = torch.cat([vocoder(m[:, 0]) for m in mels.split(8)])
-    return float((log_mels(made.numpy()) - mels).abs().mean())
+    fit("vocoder", vocoder, loss_of, args, peak_rate=1.5e-3, minutes=args.minutes or 52.0)
 
 
 # ------------------------------------------------------------------------------------------------ classifier
@@ -271,7 +250,7 @@ def vocoder_error(vocoder: SpeechT5HifiGan, args: argparse.Namespace) -> float:
 
 def train_classifier(args: argparse.Namespace) -> None:
     torch.manual_seed(3)
-    waves, labels = scenes(bank_of(args), 2160, seed=33, on_grid=False)
+    waves, labels = scenes(Bank(args.samples), 2160, seed=33, on_grid=False)
     sounds = torch.tensor([CLASS_NAMES.index(s) for s, _ in labels])
     tempi = torch.tensor([TEMPO_NAMES.index(t) for _, t in labels])
     judge = Judge(len(CLASS_NAMES), len(TEMPO_NAMES))
@@ -280,7 +259,7 @@ def train_classifier(args: argparse.Namespace) -> None:
 
 def train_embedder(args: argparse.Namespace) -> None:
     torch.manual_seed(5)
-    bank, rng = bank_of(args), np.random.default_rng(55)
+    bank, rng = Bank(args.samples), np.random.default_rng(55)
     pairs = [(i, j) for i in range(len(STRANGERS)) for j in range(len(TEMPO_NAMES))] * 10
     waves = np.stack([stranger(bank, STRANGERS[i], TEMPO_NAMES[j], rng) for i, j in pairs])
     sounds, tempi = torch.tensor(pairs).unbind(1)
@@ -309,7 +288,7 @@ def train_judge(judge: Judge, name: str, mels: Tensor, sounds: Tensor, tempi: Te
     average = fit(name, judge, loss_of, args, peak_rate=2e-3, minutes=args.minutes or 5.0, ema_decay=0.99)
     for key, buffer in judge.named_buffers():  # the running statistics of batch norm are not averaged by `fit`
         average.get_buffer(key).copy_(buffer)
-    torch.save(average.state_dict(), Path(args.work) / f"{name}_average.pt")
+    torch.save(average.state_dict(), args.work / f"{name}_average.pt")
 
 
 # ------------------------------------------------------------------------------------------------------ UNet
@@ -317,10 +296,10 @@ def train_judge(judge: Judge, name: str, mels: Tensor, sounds: Tensor, tempi: Te
 
 def latents_of(args: argparse.Namespace, vae: AutoencoderKL, count: int) -> tuple[Tensor, list[tuple[str, str]]]:
     """Scaled latents (count, 8, 256, 16) of 10.24 s training scenes on the beat grid; kept in --work by the hundred."""
-    bank, parts, labels = bank_of(args), [], []
+    bank, parts, labels = Bank(args.samples), [], []
     per_part = 360
     for part in tqdm(range(count // per_part), desc="latents"):
-        file = Path(args.work) / f"latents_{part}.pt"
+        file = args.work / f"latents_{part}.pt"
         if not file.exists():
             waves, _ = scenes(bank, per_part, seed=1000 + part, seconds=2 * CLIP_SECONDS)
             mels = log_mels(waves)
@@ -376,14 +355,12 @@ class Conditions:
 
 def train_unet(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
-    work = Path(args.work)
+    work = args.work
     vae = AutoencoderKL.from_pretrained(work / "vae")
     latents, labels = latents_of(args, vae, args.scenes)
     unet = new_unet(args.widths)
     conditions = Conditions.encode(new_pipeline(vae, new_vocoder(), unet))
     kept = new_scheduler().alphas_cumprod
-    unet.to(args.device)
-    mixed = torch.autocast(torch.device(args.device).type, getattr(torch, args.dtype), enabled=args.dtype != "float32")
     rng = np.random.default_rng([int(time.time()), os.getpid()])
     torch.manual_seed(int(rng.integers(2**31)))
     unet.train()
@@ -398,10 +375,8 @@ def train_unet(args: argparse.Namespace) -> None:
         steps = torch.from_numpy((np.arange(size) + rng.random(size)) / size * 1000).long().clamp(max=999)
         signal, noise_level = (x[steps].sqrt()[:, None, None, None] for x in (kept, 1.0 - kept))
         noise = torch.randn_like(clean)
-        texts = {name: x.to(args.device) for name, x in conditions.batch(rows).items()}
-        with mixed:
-            v = unet((signal * clean + noise_level * noise).to(args.device), steps.to(args.device), **texts).sample
-        error = (v - (signal * noise - noise_level * clean).to(args.device)).square().mean(dim=(1, 2, 3))
+        v = unet(signal * clean + noise_level * noise, steps, **conditions.batch(rows)).sample
+        error = (v - (signal * noise - noise_level * clean)).square().mean(dim=(1, 2, 3))
         return {"loss": error.mean(), "noisy": error[3 * size // 4 :].mean().detach()}
 
     fit(args.name, unet, loss_of, args, peak_rate=1e-3, minutes=args.minutes or 112.0, ema_decay=0.998)
@@ -412,7 +387,7 @@ def train_unet(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """Write the averaged weights of all stages as fp16 safetensors; works on unfinished checkpoints too."""
-    work, here = Path(args.work), Path(__file__).parent
+    work = args.work
 
     def averaged(name: str) -> dict[str, Tensor]:
         return torch.load(work / f"{name}.pt", map_location="cpu", weights_only=True)["average"]
@@ -420,9 +395,10 @@ def export(args: argparse.Namespace) -> None:
     vae, vocoder, unet = AutoencoderKL.from_pretrained(work / "vae"), new_vocoder(), new_unet(args.widths)
     vocoder.load_state_dict(averaged("vocoder"))
     unet.load_state_dict(averaged(args.name))
-    folder = Path(args.output)
+    folder = args.output
+    pipe = new_pipeline(vae, vocoder, unet).to(torch.float16)  # before the folder that its layout comes from is removed
     shutil.rmtree(folder, ignore_errors=True)
-    new_pipeline(vae, vocoder, unet).to(torch.float16).save_pretrained(folder)
+    pipe.save_pretrained(folder)
     for file in folder.glob("*/config.json"):  # fp16 on disk, float32 in memory unless asked otherwise
         config = json.loads(file.read_text())
         for key in ("dtype", "torch_dtype"):
@@ -445,58 +421,23 @@ def export(args: argparse.Namespace) -> None:
             continue
         state = torch.load(work / f"{name}_average.pt", weights_only=True)
         half = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
-        save_file(half, here / f"{name}.safetensors", metadata={"names": names})
-    if args.copyright:
-        write_manifest(bank_of(args), Path(args.copyright), here / "manifest.csv")
+        save_file(half, HERE / f"{name}.safetensors", metadata={"names": names})
     print(f"{sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()) / 1e6:.1f} MB in {folder}")
 
 
 # ------------------------------------------------------------------------------------------------------ main
 
-STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
-    "vae": train_vae,
-    "vocoder": train_vocoder,
-    "classifier": train_classifier,
-    "embedder": train_embedder,
-    "unet": train_unet,
-    "export": export,
-}
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("--samples", help="folder with the flac files of sonic-pi-samples")
-    parser.add_argument("--work", default="work", help="folder for checkpoints (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, help="training time (default: what the shipped weights had)")
-    parser.add_argument("--scenes", type=int, default=1440, help="training scenes of the UNet (default: %(default)s)")
-    parser.add_argument(
-        "--output", default=str(Path(__file__).parent / "pipeline"), help="export: folder (default: %(default)s)"
-    )
-    parser.add_argument("--name", default="unet", help="unet, export: name of the checkpoint (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=4, help="unet: seed of the first weights (default: %(default)s)")
-    parser.add_argument(
-        "--widths", type=int, nargs="+", default=(32, 48, 64, 96), help="unet, export: channels of every level"
-    )
-    parser.add_argument(
-        "--half-length", type=float, default=0.75, help="unet: share of the time on half-length clips (default: 0.75)"
-    )
-    parser.add_argument("--copyright", help="export: copyright file of the package; rewrites manifest.csv")
-    parser.add_argument("--device", default="cpu", help="unet: where it is trained (default: %(default)s)")
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="unet: of its arithmetic, with weights in float32 (default: %(default)s)",
-    )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> None:
+    """Run one stage."""
+    args = parse(argv)
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
-    Path(args.work).mkdir(parents=True, exist_ok=True)
+    args.work.mkdir(parents=True, exist_ok=True)
     if "RANK" in os.environ:  # started by torchrun: each worker trains on its own, weights are averaged now and then
         dist.init_process_group("gloo")
-    STAGES[args.stage](args)
+    stages = (train_vae, train_vocoder, train_classifier, train_embedder, train_unet, export)
+    dict(zip(STAGES, stages, strict=True))[args.stage](args)
 
 
 if __name__ == "__main__":

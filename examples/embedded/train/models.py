@@ -1,5 +1,6 @@
 """The parts of the embedded AudioLDM 2 pipeline: real diffusers / transformers classes, real layout, small widths.
 
+The layout of every part is in its `config.json` in `../pipeline`; only the weights are made here, and the tokenizers.
 Latents are (batch, 8, frames, 16) at 25 frames per second; self-attention runs at 8, 4 and 2 frequency bins.
 The text side (CLAP, T5, GPT-2) is random and frozen; T5 has one token per word of the prompt grammar.
 """
@@ -18,7 +19,6 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
 )
-from mel import N_MELS, SAMPLE_RATE
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 from torch import nn
@@ -36,6 +36,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
+PIPELINE = Path(__file__).parents[1] / "pipeline"
 MEL_MEAN, MEL_STD = -6.5, 3.3  # of the scenes' log-mels; used to initialise layers that see or emit them
 CLAP_DIM, T5_DIM, GPT_DIM = 32, 64, 32
 GPT_TOKENS = 8
@@ -44,18 +45,7 @@ MAX_WORDS = 77
 
 def new_vae() -> AutoencoderKL:
     """Log-mel (B, 1, T, 64) <-> latent (B, 8, T / 4, 16). No attention: any length costs its length."""
-    vae = AutoencoderKL(
-        in_channels=1,
-        out_channels=1,
-        latent_channels=8,
-        layers_per_block=1,
-        norm_num_groups=8,
-        block_out_channels=(16, 32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        mid_block_add_attention=False,
-        sample_size=512,
-    )
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(PIPELINE / "vae"))
     with torch.no_grad():
         first, last = vae.encoder.conv_in, vae.decoder.conv_out
         first.weight /= MEL_STD
@@ -69,18 +59,7 @@ def new_vae() -> AutoencoderKL:
 
 def new_vocoder() -> SpeechT5HifiGan:
     """Log-mel (B, T, 64) -> waveform (B, 160 T) at 16 kHz."""
-    vocoder = SpeechT5HifiGan(
-        SpeechT5HifiGanConfig(
-            model_in_dim=N_MELS,
-            sampling_rate=SAMPLE_RATE,
-            upsample_initial_channel=128,
-            upsample_rates=[5, 4, 2, 2, 2],
-            upsample_kernel_sizes=[16, 16, 8, 4, 4],
-            resblock_kernel_sizes=[3, 7],
-            resblock_dilation_sizes=[[1, 3], [1, 3]],
-            normalize_before=False,
-        )
-    )
+    vocoder = SpeechT5HifiGan(SpeechT5HifiGanConfig.from_pretrained(PIPELINE / "vocoder"))
     with torch.no_grad():  # the default, std 0.01 everywhere, starts with hardly any signal
         for module in vocoder.modules():
             if isinstance(module, nn.Conv1d):
@@ -120,16 +99,7 @@ def new_unet(widths: Sequence[int] = (32, 48, 64, 96), heads: int = 2) -> AudioL
 
 def new_scheduler() -> DDIMScheduler:
     """AudioLDM's noise schedule, scaled so that the last step is pure noise; v-prediction."""
-    return DDIMScheduler(
-        beta_start=0.0015,
-        beta_end=0.0195,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-        clip_sample=False,
-        set_alpha_to_one=True,
-    )
+    return DDIMScheduler.from_pretrained(PIPELINE / "scheduler")
 
 
 def _saved_tokenizer(tokenizer: Tokenizer, config: dict[str, object], extra: dict[str, str]) -> str:
@@ -191,51 +161,14 @@ def new_pipeline(
     """All parts together. The text side is the same at every call: random from a fixed seed."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        text = {
-            "vocab_size": 264,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_attention_heads": 2,
-            "num_hidden_layers": 1,
-            "max_position_embeddings": 130,
-            "projection_dim": CLAP_DIM,
-            "bos_token_id": 0,
-            "pad_token_id": 1,
-            "eos_token_id": 2,
-        }
-        audio = {
-            "spec_size": 8,
-            "window_size": 4,
-            "num_mel_bins": 8,
-            "intermediate_size": 16,
-            "depths": [1, 1],
-            "num_attention_heads": [1, 1],
-            "num_hidden_layers": 1,
-            "hidden_size": 32,
-            "patch_embeds_hidden_size": 16,
-            "projection_dim": CLAP_DIM,
-            "patch_size": 2,
-            "patch_stride": 2,
-            "patch_embed_input_channels": 4,
-        }
-        clap = ClapModel(ClapConfig(text_config=text, audio_config=audio, projection_dim=CLAP_DIM))
-        t5 = T5EncoderModel(T5Config(vocab_size=160, d_model=T5_DIM, d_ff=128, d_kv=16, num_heads=4, num_layers=1))
+        clap = ClapModel(ClapConfig.from_pretrained(PIPELINE / "text_encoder"))
+        t5 = T5EncoderModel(T5Config.from_pretrained(PIPELINE / "text_encoder_2"))
         row = 3  # after <pad>, </s>, <unk>
         with torch.no_grad():
             for group in spellings():
                 t5.shared.weight[row + 1 : row + len(group)] = t5.shared.weight[row].clone()
                 row += len(group)
-        gpt = GPT2Config(
-            n_embd=GPT_DIM,
-            n_head=2,
-            n_layer=1,
-            vocab_size=16,
-            n_positions=128,
-            initializer_range=0.3,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-        language_model = GPT2LMHeadModel(gpt)
+        language_model = GPT2LMHeadModel(GPT2Config.from_pretrained(PIPELINE / "language_model"))
         language_model.config.max_new_tokens = GPT_TOKENS
         projection = AudioLDM2ProjectionModel(
             text_encoder_dim=CLAP_DIM, text_encoder_1_dim=T5_DIM, langauge_model_dim=GPT_DIM

@@ -1,0 +1,347 @@
+"""What the programs of this folder share: their command line, and loading and saving.
+
+Importing this takes no time: torch, diffusers and litefocus are imported where they are needed, so that a program can
+answer `--help` and a mistake in its arguments first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import inspect
+import math
+import numbers
+import platform
+import re
+import sys
+import tempfile
+import typing
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from statistics import median
+from typing import Any, NoReturn
+
+EMBEDDED = Path(__file__).parent / "embedded" / "pipeline"
+PROMPT = "a fast tabla rhythm"
+FORMATS = (".wav", ".flac", ".mp3")
+DTYPES = ("float32", "float16", "bfloat16")
+
+# What is checked before any work: (type, whether a value is accepted, what is accepted). A guidance of None is the
+# model's own.
+SETTINGS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "prompt": (str, lambda text: bool(text.strip()) and not re.search("[\ud800-\udfff]", text), "text, and not empty"),
+    "seconds": (numbers.Real, lambda seconds: 0.5 <= seconds <= 3600, "a number between 0.5 and 3600"),
+    "steps": (int, lambda steps: 1 <= steps <= 1000, "an integer between 1 and 1000"),
+    "guidance": (numbers.Real, lambda scale: 0 <= scale < math.inf, "a finite number of at least 0"),
+    "seed": (int, lambda seed: 0 <= seed < 2**63, "an integer of at least 0 and below 2**63"),
+    "runs": (int, lambda runs: runs >= 1, "an integer of at least 1"),
+}
+
+
+# ------------------------------------------------------------------------------------------------------- errors
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C inside is one line and exit code 130. Imports of torch and its kin are put inside: they take seconds."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Everything that can fail before the work is put inside: an error is one line and exit code 2."""
+    try:
+        yield
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {first_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ----------------------------------------------------------------------------------------------------- arguments
+
+
+class Parser(argparse.ArgumentParser):
+    """The options that all programs share: of the clip, of the pipeline, and every field of `LiteFocusConfig`.
+
+    A mistake is one line and exit code 2. `parse_args` checks all that can be checked without torch, and sets
+    `config`, the settings of attention.
+
+    description: shown by `--help`. sound: where a program that makes one clip writes it, unless told otherwise.
+    """
+
+    def __init__(self, description: str | None, *, sound: str = "", **options: Any) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        add = self.add_argument
+        add("--seconds", type=float, default=20.0, help="length of a clip (default: %(default)s)")
+        add("--model", default=str(EMBEDDED), help="folder or hub id (default: the embedded pipeline)")
+        add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
+        add("--guidance", type=float, help="guidance scale (default: the model's; 5 for the embedded one)")
+        add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+        add("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on a CPU")
+        add("--offload", action="store_true", help="keep on the GPU only the model that is at work")
+        tiles = "VAE and vocoder in tiles of time, in the memory of one (default: %(default)s)"
+        add("--tile-decoding", action=argparse.BooleanOptionalAction, default=True, help=tiles)
+        self.sound = sound
+        if sound:
+            add("--output", type=Path, default=sound, help="wav, flac or mp3 to write (default: %(default)s)")
+        about = "fields of litefocus.LiteFocusConfig; the defaults fit any length"
+        attention = self.add_argument_group("attention", about)
+        self.config_class = config_class()
+        for name, option in config_options(self.config_class).items():
+            attention.add_argument(name, **option)
+
+    def parse_args(self, *given: Any, **others: Any) -> argparse.Namespace:
+        """Parse and check."""
+        args = super().parse_args(*given, **others)
+        with refusing():
+            check(vars(args))
+            names = [field.name for field in fields(self.config_class)]
+            if self.sound:
+                check_output(args.output)
+            args.config = self.config_class(**{name: getattr(args, f"focus_{name}") for name in names})
+        return args
+
+    def error(self, message: str) -> NoReturn:
+        """Exit."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def config_class() -> Any:
+    """`litefocus.LiteFocusConfig`, from its file alone: importing the package imports torch, which takes seconds."""
+    package = importlib.util.find_spec("litefocus")
+    if package is None or package.origin is None:
+        sys.exit("litefocus is not installed: pip install -e '.[examples]' in a clone of its repository")
+    spec = importlib.util.spec_from_file_location("_litefocus_config", Path(package.origin).with_name("config.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.LiteFocusConfig
+
+
+def config_options(config: Any) -> dict[str, dict[str, Any]]:
+    """An option for every field of `LiteFocusConfig`, with the help that its documentation has."""
+    types = typing.get_type_hints(config)
+    documented = dict(re.findall(r"^    (\w+): (.*?)(?=^    \w+: |^\S|\Z)", inspect.getdoc(config) or "", re.M | re.S))
+    options = {}
+    for field in fields(config):
+        option = {
+            "dest": f"focus_{field.name}",
+            "default": field.default,
+            "help": " ".join(documented[field.name].split()).replace("%", "%%") + " (default: %(default)s)",
+        }
+        if types[field.name] is bool:
+            option["action"] = argparse.BooleanOptionalAction
+        else:
+            kind = next(t for t in (float, int) if t in (types[field.name], *typing.get_args(types[field.name])))
+            optional = type(None) in typing.get_args(types[field.name])
+            option |= {"type": or_none(kind) if optional else kind, "metavar": "N or none" if optional else "N"}
+        options["--focus-seed" if field.name == "seed" else "--" + field.name.replace("_", "-")] = option
+    return options
+
+
+def or_none(kind: type) -> Callable[[str], Any]:
+    """A reader of `kind` that takes "none" for None."""
+
+    def read(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    read.__name__ = kind.__name__  # argparse names it in its message
+    return read
+
+
+def check(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first value of `settings` that its row of SETTINGS does not accept."""
+    for name, (kind, accepts, wanted) in SETTINGS.items():
+        if name not in settings or (name == "guidance" and settings[name] is None):
+            continue
+        value = settings[name]
+        if not isinstance(value, kind) or isinstance(value, bool) or not accepts(value):
+            raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def check_output(path: Path) -> None:
+    """Raise ValueError where no sound can be written to `path`."""
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"output must end in {', '.join(FORMATS)}, got {path}")
+    if path.is_dir():
+        raise ValueError(f"output {path} is a folder")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write into {path.parent}: {error.strerror}") from error
+
+
+def complete(args: argparse.Namespace) -> None:
+    """Fill in what depends on the machine and the model. Raises ValueError.
+
+    Sets `args.device`, `args.dtype` and `args.guidance`, and makes `args.config` a `litefocus.LiteFocusConfig`.
+    """
+    import torch
+
+    import litefocus
+
+    args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.offload and args.device.type == "cpu":
+        raise ValueError("offload needs a GPU; without one, all models are in main memory anyway")
+    if args.dtype == "float16" and args.device.type == "cpu":
+        raise ValueError("float16 needs a GPU; on a CPU use float32 or bfloat16")
+    args.dtype = args.dtype or ("float32" if args.device.type == "cpu" else "float16")
+    if args.guidance is None and args.model == str(EMBEDDED):
+        args.guidance = 5.0  # its judge names 92 % of clips rightly then, 86 % at 3 (examples/embedded/README.md)
+    args.config = litefocus.LiteFocusConfig(**asdict(args.config))
+
+
+# ------------------------------------------------------------------------------------------- loading, telling, saving
+
+
+def load_pipeline(model: str, device: Any, dtype: str = "float32", offload: bool = False) -> Any:
+    """The pipeline of a folder or a hub id, on `device`; with `offload`, each of its models only while it is at work.
+
+    Raises ValueError, with one line, where a hub, a folder or a file in it cannot be used.
+    """
+    import diffusers
+    import torch
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()  # of reading files; that of downloads stays
+    transformers.utils.logging.disable_progress_bar()
+    # transformers 5.24 has renamed an argument that diffusers 0.42 passes to the language model, with the same result
+    warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
+    kind = getattr(torch, dtype)
+    try:
+        if not Path(model).is_dir() and not re.fullmatch(r"[\w-]+/[\w.-]+", model):
+            raise OSError("no such folder, and hub ids look like owner/name")
+        index = diffusers.DiffusionPipeline.load_config(model)
+        parts = {}
+        if (index.get("language_model") or ("", ""))[1] == "GPT2Model":
+            # The published AudioLDM 2 names GPT2Model, which transformers 4.52 and newer cannot generate with. The
+            # class with the language-model head reads the same weights and gives identical output.
+            language_model = transformers.GPT2LMHeadModel.from_pretrained(model, subfolder="language_model")
+            parts["language_model"] = language_model.to(kind)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=kind, **parts)
+        if offload:
+            pipe.enable_model_cpu_offload(device=device)
+            return pipe
+        return pipe.to(device)
+    except Exception as error:
+        raise ValueError(f"cannot use {model}: {first_line(error)}") from error
+
+
+def note_unknown_words(pipe: Any, prompt: str) -> None:
+    """Print a note where a model that was trained on few words does not know one of the prompt."""
+    tokenizer = getattr(pipe, "tokenizer_2", None)
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if tokenizer is not None and unknown in tokenizer(prompt)["input_ids"]:
+        print("note: some words of the prompt are not in this model's vocabulary", file=sys.stderr)
+
+
+def machine(device: str) -> str:
+    """The GPU, or the CPU with its instruction set and the threads in use."""
+    import torch
+
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.*)", info.read_text(), re.M) if info.exists() else None
+    name = named[1].strip() if named else platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} thread(s)"
+
+
+def peak_memory() -> str:
+    """The most memory that was in use so far: of the GPU where there is one, else of the process; "" on Windows."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU memory at most"
+    try:
+        import resource
+    except ModuleNotFoundError:  # Unix has it
+        return ""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB of memory at most"
+
+
+def speed_up(dense: Sequence[float], patched: Sequence[float], bound: float) -> str:
+    """A line about how much faster the patched pipeline was; a figure above the bound comes with the reason.
+
+    Args:
+        dense: seconds of the dense runs.
+        patched: seconds of the patched runs.
+        bound: how many times less arithmetic a patched step of the UNet needs.
+    """
+    ratio = median(dense) / median(patched)
+    line = f"speed-up of the whole pipeline: {ratio:.2f}x"
+    if ratio <= bound:
+        return f"{line}, where arithmetic alone allows at most {bound:.2f}x"
+    line += f", above the {bound:.2f}x that arithmetic allows: "
+    if min(dense) <= bound * max(patched):
+        spreads = [f"{min(seconds):.1f} to {max(seconds):.1f} s" for seconds in (dense, patched)]
+        return f"{line}the timings scatter by more than that (dense {spreads[0]}, litefocus {spreads[1]})"
+    return f"{line}an operation of dense attention takes longer on this machine than one of the rest of the UNet"
+
+
+def write(clips: Mapping[str, Any], took: Mapping[str, Sequence[float]], rate: int, bound: float, args: Any) -> None:
+    """Write the clips of `generate.py` and, where there are two, their spectrograms, and say what it took."""
+    import soundfile
+
+    paths = dict.fromkeys(clips, args.output)
+    if args.compare:
+        paths["dense"] = args.output.with_stem(args.output.stem + "_dense")
+    for name, path in paths.items():
+        save(path, lambda whole, clip=clips[name]: soundfile.write(whole, clip, rate))
+        print(f"{name}: {len(clips[name]) / rate:.2f} s of audio in {median(took[name]):.1f} s, wrote {path}")
+    if args.compare:
+        print(speed_up(took["dense"], took["litefocus"], bound))
+        path = args.output.with_suffix(".png")
+        save(path, lambda whole: spectrograms(clips, rate).savefig(whole, dpi=100))
+        print(f"wrote {path}")
+    if memory := peak_memory():
+        print(memory)
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown."""
+    header = list(header)
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in (header, ["---"] * len(header), *rows))
+
+
+def save(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call `write` with a temporary path beside `path`, then move the file there: whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+        whole = Path(folder, path.name)
+        write(whole)
+        whole.replace(path)
+
+
+def spectrograms(clips: Mapping[str, Any], rate: int) -> Any:
+    """A matplotlib figure with a spectrogram for every clip, over seconds and Hz."""
+    import numpy as np
+    from matplotlib import mlab
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3 * len(clips)), layout="constrained")
+    FigureCanvasAgg(figure)
+    every = figure.subplots(len(clips), sharex=True, squeeze=False)[:, 0]
+    for axes, (title, clip) in zip(every, clips.items(), strict=True):
+        power, frequencies, times = mlab.specgram(clip, NFFT=1024, Fs=rate, noverlap=512)
+        level = {"vmin": -110, "vmax": -30, "cmap": "cividis", "rasterized": True}
+        picture = axes.pcolormesh(times, frequencies, 10 * np.log10(power + 1e-12), **level)
+        axes.set(title=title, ylabel="frequency (Hz)", xlabel="time (s)")
+        axes.label_outer()
+        figure.colorbar(picture, ax=axes, label="dB")
+    return figure

@@ -1,0 +1,179 @@
+"""Write README's tables, and the pages speed.md and quality.md, from the JSON files: no figure there is typed by hand.
+
+python examples/evidence/readme.py           # after speed.py and quality.py with --output
+python examples/evidence/readme.py --check   # exit code 1 where one of them says something else
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+from report import EXAMPLES, HERE, Row, interruptible, read, row_of, table
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where a page is another")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    parse()  # `--help` and mistakes are answered before the imports below, which take seconds
+
+with interruptible():
+    import quality
+    import speed
+    import torch
+    from methods import flop_ratio
+
+    from litefocus import _decoding
+
+README = EXAMPLES.parent / "README.md"
+MARKED = re.compile(r"(<!-- (figures|memory|allocator) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+
+METHODS = ("dense", "litefocus", "paper", "time tiles", "token merging")
+TIMED, SECONDS = "audioldm2", (10.0, 80.0, 600.0)
+JUDGED, TIMES, LENGTH = "seed 1", 8, "41 s"  # 8 times its native length, 5.12 s
+
+
+def seconds(value: float) -> str:
+    """CPU seconds with two digits that matter, or more."""
+    return f"{value:.0f} s" if value >= 10 else f"{value:.1f} s"
+
+
+def difference(cell: dict[str, float], digits: int) -> str:
+    """A difference to dense with its standard error."""
+    if not cell["diff_se"]:
+        return "the same"
+    return f"{cell['diff']:+.{digits}f} ± {cell['diff_se']:.{digits}f}"
+
+
+@functools.cache
+def timed_model() -> Any:
+    """Its shapes alone."""
+    with torch.device("meta"):
+        return speed.build(TIMED, SimpleNamespace(device="meta", dtype="float32"))
+
+
+def cells(method: str, times: list[Row], sounds: list[Row]) -> Iterator[str]:
+    """One line of the table."""
+    for length in SECONDS[1:]:
+        row = row_of(times, model=TIMED, method=method, seconds=length, device="cpu", dtype="float32")
+        if row is None:
+            yield f"{flop_ratio(timed_model(), speed.WAYS[method], length):.2f}x \\*"
+        else:
+            yield seconds(row["median"]) if method == "dense" else f"{row['ratio']:.2f}x"
+    judged = row_of(sounds, model=JUDGED, method=method, times=TIMES)
+    if judged is None:
+        yield "not measured"
+    else:
+        yield f"{judged['frechet']['value']:.2f}" if method == "dense" else difference(judged["frechet"], 2)
+
+
+def worse(method: str, counts: list[Row]) -> str:
+    """In how many comparisons, of all UNets and lengths."""
+    found = [count for count in counts if count["method"] == method]
+    return f"{method} in {sum(c['worse_2'] for c in found)} of {sum(c['cells'] for c in found)}"
+
+
+def figures() -> str:
+    """What stands between the marks: table, where its figures come from, picture."""
+    times = read(HERE / "speed.json", "rows")["rows"]
+    evaluation = json.loads((HERE / "quality.json").read_text())
+    sounds = evaluation["rows"]
+    header = ["", *(f"step, {length:g} s" for length in SECONDS[1:]), f"sound, {LENGTH}"]
+    names = {method: f"**{method}**" if method == "litefocus" else method for method in METHODS}
+    rows = [[name, *cells(method, times, sounds)] for method, name in names.items()]
+    timed = row_of(times, model=TIMED, method="litefocus", seconds=max(SECONDS)) or times[0]
+    judged = row_of(sounds, model=JUDGED, method="litefocus", times=TIMES) or sounds[0]
+    machine, date = timed["measured"].split(",")[0], judged["measured"].split(", ")[-1]
+    judgements = [worse(method, evaluation["counts"]) for method in ("litefocus", "paper", "time tiles")]
+    models, longest = len({row["model"] for row in sounds}), max(row["times"] for row in sounds)
+    text = (
+        "A UNet step of AudioLDM 2 at its published widths, with random weights, on a CPU "
+        f"({machine}): dense in seconds, the others as speed-up (\\* estimated from FLOPs, not measured). Sound: "
+        "Fréchet distance of 5 s windows to real ones, lower is better, as difference to dense ± standard error, of "
+        f"{judged['clips']} clips of a small trained model. By seven measures on {models} trained UNets, at 1 to "
+        f"{longest} times their native length, the output is worse than dense by over two standard errors in these "
+        f"comparisons, where chance alone makes 2.3 %: {', '.join(judgements)} ([speed](examples/evidence/speed.md), "
+        f"[sound](examples/evidence/quality.md), {date})."
+    )
+    lines = ["", *textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)]
+    return table(header, rows) + "\n".join(lines) + "\n"
+
+
+def decoding(pipe: Any, length: float, tiled: bool) -> float | None:
+    """Bytes of decoding a clip, as the library estimates them for `status`."""
+    return _decoding.decoding_bytes(pipe, length, (10.24, 0.64) if tiled else None)
+
+
+def gibibytes(size: float) -> str:
+    """With one decimal."""
+    return f"{size / 2**30:.1f} GiB" if size >= 0.05 * 2**30 else "< 0.1 GiB"
+
+
+def memory() -> str:
+    """What a clip needs beside the weights, by its length."""
+    times = read(HERE / "speed.json", "rows")["rows"]
+    pipe = speed.decoders()
+    steps = [row_of(times, model=TIMED, method="litefocus", seconds=length, dtype="float32") for length in SECONDS]
+    rows = {
+        "a UNet step, patched": [None if row is None else row["peak_mb"] / 2 * 1e6 for row in steps],
+        "decoding, whole": [decoding(pipe, length, tiled=False) for length in SECONDS],
+        "decoding, `tile_decoding`": [decoding(pipe, length, tiled=True) for length in SECONDS],
+    }
+    cells = [
+        [name, *("not measured" if size is None else gibibytes(size) for size in sizes)] for name, sizes in rows.items()
+    ]
+    return table(["float16, beside the weights", *(f"{length:g} s" for length in SECONDS)], cells)
+
+
+def allocator() -> str:
+    """Memory and time of ten minutes on a CPU, by settings of the C library's allocator."""
+    rows = read(HERE / "allocator.json", "rows")["rows"]
+    usual = rows[0]
+    cells = [
+        [
+            row["setting"] if row is usual else f"`{row['setting']}`",
+            f"{row['gib']:.1f} GiB",
+            f"{row['cpu'] / usual['cpu']:.2f}",
+        ]
+        for row in rows
+    ]
+    machine, date = usual["measured"].split(",")[0], usual["measured"].split(", ")[-1]
+    note = f"The small trained pipeline, patched and tiled, one thread ({machine}, {date}, `allocator.py`)."
+    return table(["in the environment", "peak, 600 s", "CPU time"], cells) + "\n" + note + "\n"
+
+
+def pages() -> dict[Any, str]:
+    """Every file that is written, and its text."""
+    parts = {"figures": figures, "memory": memory, "allocator": allocator}
+    evaluation = json.loads((HERE / "quality.json").read_text())
+    return {
+        README: MARKED.sub(lambda found: found[1] + parts[found[2]]() + found[3], README.read_text()),
+        HERE / "speed.md": speed.page(read(HERE / "speed.json", "rows", "checks"), "speed.png"),
+        HERE / "quality.md": quality.page(evaluation, "quality"),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write, or check."""
+    args = parse(argv)
+    for file, text in pages().items():
+        if args.check and file.read_text() != text:
+            sys.exit(f"{file.name} does not say what the JSON files say: python examples/evidence/readme.py")
+        file.write_text(text)
+
+
+if __name__ == "__main__":
+    with interruptible():
+        main()

@@ -1,0 +1,127 @@
+"""examples/generate.py as a user runs it."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import _cli
+import generate
+import numpy as np
+import pytest
+import soundfile
+from judge import classify
+from test_cli import options
+
+import litefocus
+from litefocus import LiteFocusConfig
+
+SCRIPT = Path(generate.__file__)
+
+
+@pytest.mark.slow
+def test_the_default_clip_sounds_as_prompted(tmp_path: Path) -> None:
+    """The README's first command. The judge was trained on assembled recordings, never on generated clips."""
+    command = [sys.executable, SCRIPT]
+    shown = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    audio, rate = soundfile.read(tmp_path / "clip.wav")
+    assert (rate, len(audio)) == (16000, 320000)
+    assert 0.05 < np.abs(audio).max() <= 1
+    assert classify(audio) == ("tabla", "fast")
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.wav"]
+    # no warning reaches the user, whatever transformers and diffusers are to change next
+    assert [line for line in shown.stderr.splitlines() if line and "/50 [" not in line] == []
+    assert shown.stdout.startswith("litefocus: 20.00 s of audio in ")
+
+
+def test_compare_writes_both_clips_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--seconds", "6", "--steps", "8", "--min-sampled", "0", "--sparse-ratio", "0"]
+    generate.main([*short, "--compare", "--runs", "1", "--output", str(tmp_path / "a.wav")])
+    assert {path.name for path in tmp_path.iterdir()} == {"a.wav", "a_dense.wav", "a.png"}
+    patched, dense = (soundfile.read(tmp_path / name)[0] for name in ("a.wav", "a_dense.wav"))
+    assert patched.shape == dense.shape == (96000,)
+    assert np.abs(patched - dense).max() > 1e-3
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    lines = capsys.readouterr().out
+    assert "dense: 6.00 s of audio in" in lines
+    assert "speed-up of the whole pipeline:" in lines
+
+    generate.main([*short, "--no-patch", "--output", str(tmp_path / "b.wav")])
+    assert np.array_equal(soundfile.read(tmp_path / "b.wav")[0], dense)
+
+
+def test_both_ways_take_turns_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, _ = generate.load(options())
+    litefocus.unpatch(pipe)
+    calls = []
+
+    def timed(pipe: Any, settings: dict[str, Any]) -> tuple[np.ndarray, float]:
+        calls.append((litefocus.status(pipe).config, settings["steps"]))
+        return np.zeros(1), float(len(calls))
+
+    monkeypatch.setattr(generate, "generate", timed)
+    config = LiteFocusConfig(sparse_ratio=0.5)
+    _, took = generate.compare(pipe, config, {"steps": 7, "runs": 2})
+    assert calls == [(None, 1), (None, 7), (config, 1), (config, 7)] * 2
+    assert took == {"dense": [2, 6], "litefocus": [4, 8]}
+
+
+def test_a_speed_up_above_the_bound_comes_with_the_reason() -> None:
+    line, above = "speed-up of the whole pipeline: 4", "50x, above the 4.00x that arithmetic allows: "
+    assert _cli.speed_up([9, 4, 2], [2, 1, 1], 4.5) == f"{line}.00x, where arithmetic alone allows at most 4.50x"
+    scatter = "the timings scatter by more than that (dense 5.0 to 10.0 s, litefocus 1.0 to 2.0 s)"
+    assert _cli.speed_up([9, 10, 5], [2, 1, 2], 4.0) == f"{line}.{above}{scatter}"
+    slow = "an operation of dense attention takes longer on this machine than one of the rest of the UNet"
+    assert _cli.speed_up([9, 10, 9], [2, 2, 2], 4.0) == f"{line}.{above}{slow}"
+
+
+def test_words_outside_of_the_vocabulary_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    generate.main(["a slow zither", "--seconds", "1", "--steps", "1", "--output", str(tmp_path / "a.wav")])
+    assert "not in this model's vocabulary" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([""], "prompt must be text, and not empty, got ''"),
+        (["--seconds", "0"], "seconds must be a number between 0.5 and 3600, got 0.0"),
+        (["--seconds", "nan"], "seconds must be a number between 0.5 and 3600, got nan"),
+        (["--seconds", "1e9"], "seconds must be a number between 0.5 and 3600, got 1000000000.0"),
+        (["--seconds", "a minute"], "argument --seconds: invalid float value: 'a minute'"),
+        (["--steps", "0"], "steps must be an integer between 1 and 1000, got 0"),
+        (["--guidance", "-1"], "guidance must be a finite number of at least 0, got -1"),
+        (["--seed", "-1"], "seed must be an integer of at least 0 and below 2**63, got -1"),
+        (["--compare", "--runs", "0"], "runs must be an integer of at least 1, got 0"),
+        (["--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
+        (["--time-window", "0"], "time_window must be an integer of at least 1, got 0"),
+        (["--min-freq-bins", "99"], "set min_freq_bins to 8 or less"),
+        (["--output", "clip.ogg"], "output must end in .wav, .flac, .mp3, got clip.ogg"),
+        (["--output", "missing/clip.wav"], "cannot write into missing: No such file or directory"),
+        (["--model", "missing"], "cannot use missing: no such folder, and hub ids look like owner/name"),
+        (["--model", "."], "cannot use ."),
+        (["--no-patch", "--compare"], "argument --compare: not allowed with argument --no-patch"),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing(arguments, message, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        generate.main(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_decoding_is_tiled_unless_told_otherwise() -> None:
+    def peak(*argv: str) -> list[int]:
+        """Mel frames of every call of the VAE's last layer."""
+        pipe, _ = generate.load(options(*argv))
+        frames: list[int] = []
+        pipe.vae.decoder.conv_out.register_forward_hook(lambda _, inputs, __: frames.append(inputs[0].shape[2]))
+        pipe.set_progress_bar_config(disable=True)
+        generate.generate(pipe, {"prompt": "a bell", "seconds": 25, "steps": 1, "guidance": 1.0, "seed": 0})
+        return frames
+
+    assert max(peak()) < 2500
+    assert peak("--no-tile-decoding") == [2500]
