@@ -48,7 +48,7 @@ from torch.utils.checkpoint import checkpoint
 
 import litefocus
 from litefocus import FocusSet, LiteFocusAttnProcessor, LiteFocusConfig, focus_attention, focus_set
-from litefocus._context import Call, _hash, _thread, sample_index
+from litefocus._context import Call, _hash, _thread, timestep_hash
 from litefocus._grid import NUM_SAMPLES
 
 CONFIG = LiteFocusConfig(min_sampled=2, sparse_ratio=0.05)  # few keys, so that two samples differ by much
@@ -59,7 +59,7 @@ both_kinds = pytest.mark.parametrize("make", BOTH.values(), ids=BOTH)
 def timestep_of(sample: int) -> int:
     """The first timestep that uses a sample."""
     with torch.no_grad():
-        return next(t for t in range(1000) if sample_index(t) % NUM_SAMPLES == sample)
+        return next(t for t in range(1000) if timestep_hash(t) % NUM_SAMPLES == sample)
 
 
 def patched(config: LiteFocusConfig = CONFIG) -> Any:
@@ -92,15 +92,15 @@ def used(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FocusSet]]:
 @torch.no_grad()
 def test_a_sample_is_a_pure_function_of_the_timestep_however_it_is_given() -> None:
     for t in (0, 1, 7, 20, 981, 999):
-        sample = sample_index(t)
+        sample = timestep_hash(t)
         assert isinstance(sample, int)
         assert sample >= 0
         dtypes = (torch.int32, torch.int64, torch.float32, torch.float64)
         tensors = [torch.tensor(shape, dtype=dtype) for dtype in dtypes for shape in (t, [t], [t, t])]
         for same in (t, float(t), np.float64(t), *tensors):
-            assert sample_index(same) == sample, repr(same)
+            assert timestep_hash(same) == sample, repr(same)
     for nothing in (None, "late", float("nan"), float("inf"), torch.empty(0)):
-        assert sample_index(nothing) == 0
+        assert timestep_hash(nothing) == 0
 
 
 @pytest.mark.parametrize("steps", [10, 50, 200])
@@ -109,7 +109,7 @@ def test_regular_steps_use_every_sample(steps: int) -> None:
     """As published: `steps_offset` of 1, of which the tiny pipelines have none."""
     scheduler = type(build("AudioLDM").scheduler).from_config({"steps_offset": 1})
     scheduler.set_timesteps(steps)
-    samples = [sample_index(t) % NUM_SAMPLES for t in scheduler.timesteps]
+    samples = [timestep_hash(t) % NUM_SAMPLES for t in scheduler.timesteps]
     counts = [samples.count(sample) for sample in range(NUM_SAMPLES)]
     assert min(counts) >= max(1, steps // 8)
     assert max(counts) <= steps // 2
@@ -169,16 +169,16 @@ def test_a_step_never_waits_for_the_gpu_and_a_captured_one_is_right_after_other_
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_where_gradients_are_recorded_or_something_traces_it_is_the_first() -> None:
     t = timestep_of(2)
-    assert sample_index(t) == sample_index(torch.tensor(t)) == 0
+    assert timestep_hash(t) == timestep_hash(torch.tensor(t)) == 0
     with torch.inference_mode():
-        assert sample_index(torch.tensor(t)) % NUM_SAMPLES == 2
+        assert timestep_hash(torch.tensor(t)) % NUM_SAMPLES == 2
     with torch.no_grad():
-        assert sample_index(t) % NUM_SAMPLES == 2
+        assert timestep_hash(t) % NUM_SAMPLES == 2
         with torch.enable_grad():
-            assert sample_index(t) == 0
+            assert timestep_hash(t) == 0
 
     def shifted(timestep: Tensor) -> Tensor:
-        return timestep + sample_index(timestep)
+        return timestep + timestep_hash(timestep)
 
     t = torch.tensor([float(t)])
     with torch.no_grad():
@@ -217,7 +217,7 @@ def test_the_authors_timestep_is_read_from_its_embedding(used: list[FocusSet]) -
     for t in (0, 1, 3, 7, 481, 999):
         used.clear()
         run(unet, timestep=t)
-        sample = sample_index(t) % NUM_SAMPLES
+        sample = timestep_hash(t) % NUM_SAMPLES
         expected = focus_set(
             FRAMES, BINS, litefocus.status(unet).config, layer=litefocus.status(unet).layers[0].name, draw=sample
         )

@@ -1,4 +1,4 @@
-"""The README: its first program runs as it stands, its figures are those of the JSON files, its links lead somewhere."""
+"""The README: its first program runs, its figures are those of the JSON files, its links lead somewhere."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import litefocus
 from litefocus import LiteFocusAttnProcessor, LiteFocusConfig
 from litefocus._compile import assume_constant_result, mark_static
-from litefocus._context import sample_index as draw_of
+from litefocus._context import timestep_hash as draw_of
 from litefocus._grid import NUM_SAMPLES as DRAWS
 
 # not the first of a layer's samples, if no tracer looks on
