@@ -193,7 +193,7 @@ def test_where_gradients_are_recorded_or_something_traces_it_is_the_first() -> N
 
 
 def expected_set(unet: nn.Module, layer: int, sample: int = 0) -> FocusSet:
-    return focus_set(SHORT, 8, CONFIG, layer=litefocus.status(unet).layers[layer].name, draw=sample)
+    return focus_set(SHORT, 8, CONFIG, layer=litefocus.status(unet).layers[layer].name, sample=sample)
 
 
 @torch.no_grad()
@@ -219,7 +219,7 @@ def test_the_authors_timestep_is_read_from_its_embedding(used: list[FocusSet]) -
         run(unet, timestep=t)
         sample = timestep_hash(t) % NUM_SAMPLES
         expected = focus_set(
-            FRAMES, BINS, litefocus.status(unet).config, layer=litefocus.status(unet).layers[0].name, draw=sample
+            FRAMES, BINS, litefocus.status(unet).config, layer=litefocus.status(unet).layers[0].name, sample=sample
         )
         assert torch.equal(used[0].keys, expected.keys), t
 

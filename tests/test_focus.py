@@ -286,7 +286,7 @@ def test_the_default_at_ten_minutes() -> None:
 
 
 def test_draws_of_a_layer_differ_and_share_everything_else() -> None:
-    first, second = (focus_set(50, 4, layer="a", draw=draw) for draw in (0, 1))
+    first, second = (focus_set(50, 4, layer="a", sample=sample) for sample in (0, 1))
     assert torch.equal(first.keys, focus_set(50, 4, layer="a").keys)
     assert not torch.equal(first.keys, second.keys)
     assert torch.equal(first.queries, second.queries)

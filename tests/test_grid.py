@@ -26,7 +26,7 @@ def test_a_sample_that_is_a_tensor_is_that_of_the_same_number(config: LiteFocusC
         assert picked.log_weights is expected.log_weights
         assert torch.equal(
             expected.keys,
-            focus_set(50, 8, config, layer="mid", draw=sample % NUM_SAMPLES if config.reweight else 0).keys,
+            focus_set(50, 8, config, layer="mid", sample=sample % NUM_SAMPLES if config.reweight else 0).keys,
         )
 
 

@@ -57,7 +57,7 @@ class Grids:
 
     def __init__(self, unet: nn.Module, kind: type[nn.Module] = Transformer2DModel) -> None:
         self.found: dict[str, tuple[int, int]] = {}
-        self.draw = 0  # which sample of every layer
+        self.sample = 0  # which sample of every layer
         self.biases: dict[tuple[Any, ...], Tensor] = {}
         for name, module in unet.named_modules():
             if isinstance(module, kind):
@@ -76,9 +76,9 @@ class Grids:
             return None
         if config.time_window is not None:  # halved with the grid
             config = replace(config, time_window=math.ceil(config.time_window * bins / freq_bins))
-        drawn = (frames, bins, config, layer, freq_axis, self.draw)
+        drawn = (frames, bins, config, layer, freq_axis, self.sample)
         if drawn not in self.biases:
-            focus = focus_set(frames, bins, config, layer=layer, freq_axis=freq_axis, draw=self.draw)
+            focus = focus_set(frames, bins, config, layer=layer, freq_axis=freq_axis, sample=self.sample)
             self.biases[drawn] = bias(focus)
         return self.biases[drawn]
 
