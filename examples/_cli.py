@@ -10,6 +10,7 @@ import argparse
 import codecs
 import contextlib
 import errno
+import functools
 import importlib.util
 import inspect
 import io
@@ -32,7 +33,6 @@ from typing import Any, NoReturn
 
 EMBEDDED = Path(__file__).parent / "embedded" / "pipeline"
 PROMPT = "a fast tabla rhythm"
-RUNS = 3
 # what the embedded pipeline was trained on
 SOUNDS = ("kick drum", "snare drum", "cymbal", "tom drum", "tabla", "drone", "bass line", "guitar phrase", "bell")
 SOUNDS += ("breakbeat", "vinyl hiss", "robot voice")
@@ -67,11 +67,9 @@ def interruptible() -> Iterator[None]:
         pressed.append(True)
         raise KeyboardInterrupt
 
-    mine = threading.current_thread() is threading.main_thread()
-    if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # in another such block
-        yield
-        return
-    signal.signal(signal.SIGINT, press)
+    mine = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # and not an outer block's
+    if mine := mine and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, press)
     try:
         yield
     except OSError as error:
@@ -80,7 +78,8 @@ def interruptible() -> Iterator[None]:
         print(f"{Path(sys.argv[0]).name}: error: {first_line(error)}", file=sys.stderr)
         sys.exit(1)
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if mine:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if pressed:
             print("\ninterrupted", file=sys.stderr)
             sys.exit(130)
@@ -151,15 +150,14 @@ class Parser(argparse.ArgumentParser):
         with refusing():
             check(vars(args))
             names = [field.name for field in fields(self.config_class)]
-            if "runs" in args:
-                if args.runs is not None and not args.compare:
-                    raise ValueError("--runs needs --compare")
-                args.runs = args.runs or RUNS
+            if "runs" in args and args.runs and not args.compare:
+                raise ValueError("--runs needs --compare")
             if self.sound:
                 check_output(args.output)
                 if args.output.suffix.lower() == ".wav":
                     check_space(args.output.parent, args.seconds * (1 + vars(args).get("compare", False)))
             args.config = self.config_class(**{name: getattr(args, f"focus_{name}") for name in names})
+            on_hub(args.model)
         return args
 
     def error(self, message: str) -> NoReturn:
@@ -279,8 +277,16 @@ def complete(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------- loading, telling, saving
 
 
-def hub_answers(model: str) -> bool:
-    """Whether the hub can be reached. Raises ValueError where it cannot, and `model` was not downloaded before."""
+@functools.cache
+def on_hub(model: str) -> bool:
+    """Whether a model is to be looked for on the hub: not a folder, nor without a network a copy that is here.
+
+    Raises ValueError where it is neither, and the hub does not answer within four seconds.
+    """
+    if Path(model).is_dir():
+        return False
+    if not re.fullmatch(r"[\w-]+/[\w.-]+", model):
+        raise ValueError(f"cannot use {model}: no such folder, and hub ids look like owner/name")
     import huggingface_hub
     from huggingface_hub import constants, utils
 
@@ -293,12 +299,12 @@ def hub_answers(model: str) -> bool:
     asking = threading.Thread(target=ask, daemon=True)  # a name server may take longer than any timeout
     asking.start()
     asking.join(4)
-    if not answers:
-        try:
-            huggingface_hub.snapshot_download(model, local_files_only=True)
-        except Exception as error:
-            raise ValueError(f"no network: {constants.ENDPOINT} does not answer, and no copy is here") from error
-    return bool(answers)
+    if answers:
+        return True
+    with contextlib.suppress(Exception):
+        huggingface_hub.snapshot_download(model, local_files_only=True)
+        return False
+    raise ValueError(f"cannot use {model}: no network: {constants.ENDPOINT} does not answer, and no copy is here")
 
 
 def load_pipeline(model: str, device: Any, dtype: str = "float32", offload: bool = False) -> Any:
@@ -315,21 +321,15 @@ def load_pipeline(model: str, device: Any, dtype: str = "float32", offload: bool
     # transformers 5.24 has renamed an argument that diffusers 0.42 passes to the language model, with the same result
     warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
     kind = getattr(torch, dtype)
+    options: dict[str, Any] = {"local_files_only": not on_hub(model)}
     try:
-        parts: dict[str, Any] = {}
-        local = Path(model).is_dir()
-        if not local and not re.fullmatch(r"[\w-]+/[\w.-]+", model):
-            raise OSError("no such folder, and hub ids look like owner/name")
-        local = local or not hub_answers(model)
-        index = diffusers.DiffusionPipeline.load_config(model, local_files_only=local)
+        index = diffusers.DiffusionPipeline.load_config(model, **options)
         if (index.get("language_model") or ("", ""))[1] == "GPT2Model":
             # The published AudioLDM 2 names GPT2Model, which transformers 4.52 and newer cannot generate with. The
             # class with the language-model head reads the same weights and gives identical output.
-            language_model = transformers.GPT2LMHeadModel.from_pretrained(
-                model, subfolder="language_model", local_files_only=local
-            )
-            parts["language_model"] = language_model.to(kind)
-        pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=kind, local_files_only=local, **parts)
+            language_model = transformers.GPT2LMHeadModel.from_pretrained(model, subfolder="language_model", **options)
+            options["language_model"] = language_model.to(kind)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=kind, **options)
         if offload:
             pipe.enable_model_cpu_offload(device=device)
             return pipe

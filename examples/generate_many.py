@@ -5,15 +5,15 @@
 
 The second starts eight workers, one a GPU; on two nodes, give it on both, with --output on a disk that both see. All
 workers of a folder share its work, whatever started them, and nothing but the folder is between them: a clip is claimed
-by a file beside it before it is made. The claim of a worker that is gone is taken over, on its own machine at once, on
-others once it was quiet for three minutes.
+by a file beside it before it is made. The claim of a worker that is gone is taken over, on its own machine at once (if
+that is Linux), on others once it was quiet for three minutes.
 
 Prompts are lines of text, or of JSON with "prompt" and, if they differ from the command line's, "seed" and "seconds".
 Every clip is a wav, named after its prompt and a digest of prompt, seed and settings, and a line in
 records-HOST.jsonl: its settings, who made it, how long it took, or why it failed. Run the same command again to go on
 where it stopped, to make again what is not as large and long as its record says, and to try again what failed; other
 prompts or settings make further files. A clip depends on its prompt, seed and settings alone, not on the number of
-workers; clips that are made together differ by rounding from the same ones alone. The exit code is 1 where clips failed.
+workers; with --batch-size it differs by rounding from the one made alone. The exit code is 1 where clips failed.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ import _cli
 
 Job = dict[str, Any]
 BEAT, STALE = 15.0, 180.0  # seconds; a network file system may show the age of a file a minute late
+CONTAINER = Path("/proc/self/ns/pid")  # Linux has it
 MAIN = os.environ.get("RANK", "0") == "0"  # the worker that tells, of those that one command has started
 
 
@@ -52,10 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     launched = {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys()
     if launched and {"WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"}.isdisjoint(os.environ):
-        parser.error(
-            "accelerate launch was asked for several workers and has started one, as it does on a CPU; "
-            "use torchrun --nproc_per_node N"
-        )
+        parser.error("accelerate launch has started one worker, as it does on a CPU: use torchrun --nproc_per_node N")
     with _cli.refusing():
         args.lines = read_jobs(args.prompts)
     return args
@@ -119,20 +117,14 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.worker = {"host": platform.node(), "pid": os.getpid()}
-        if Path("/proc/self/ns/pid").exists():  # containers may have one name, and process ids of their own
-            self.worker["host"] += f"-{Path('/proc/self/ns/pid').stat().st_ino}"
+        if CONTAINER.exists():  # containers of one name may number their processes each for itself
+            self.worker["host"] += f"-{CONTAINER.stat().st_ino}"
         self.ends: dict[Path, int] = {}  # of what was read
         self.held: dict[str, Path] = {}
         path.mkdir(parents=True, exist_ok=True)
         self.log = path / f"records-{platform.node()}.jsonl"
         self.log.touch()
         threading.Thread(target=self.beat, daemon=True).start()
-
-    def __enter__(self) -> Folder:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.release()
 
     def beat(self) -> None:
         """Show that the holder of the claims is alive."""
@@ -144,30 +136,23 @@ class Folder:
 
     def read(self) -> list[Job]:
         """The records that have come since the last call, of all workers. A torn line is passed over."""
-        lines: list[bytes] = []
+        records = []
         for path in sorted(self.path.glob("records*.jsonl")):
             with path.open("rb") as file:
                 file.seek(self.ends.get(path, 0))
-                *whole, rest = file.read().split(b"\n")
+                *lines, rest = file.read().split(b"\n")
                 self.ends[path] = file.tell() - len(rest)
-            lines += whole
-        records = []
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                records.append(json.loads(line))
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    records.append(json.loads(line))
         return records
 
     def append(self, record: Job) -> None:
         """Add a line in one write, which workers of one machine do not tear. A torn line before is ended."""
-        file = os.open(self.log, os.O_APPEND | os.O_CREAT | os.O_RDWR | getattr(os, "O_BINARY", 0), 0o644)
-        try:
-            torn = os.fstat(file).st_size > 0
-            if torn:
-                os.lseek(file, -1, os.SEEK_END)
-                torn = os.read(file, 1) != b"\n"
-            os.write(file, ("\n" * torn + json.dumps({**record, **self.worker}, ensure_ascii=False) + "\n").encode())
-        finally:
-            os.close(file)
+        with self.log.open("a+b", buffering=0) as file:
+            file.seek(max(file.tell() - 1, 0))
+            torn = file.read(1) not in (b"", b"\n")
+            file.write(("\n" * torn + json.dumps({**record, **self.worker}, ensure_ascii=False) + "\n").encode())
 
     def holds(self, record: Job) -> bool:
         """Whether the clip of a record is there, as large and as long as the record says."""
@@ -200,16 +185,10 @@ class Folder:
             return False
         except ValueError:  # it is being written
             worker = {}
-        if worker.get("host") == self.worker["host"] and os.name == "posix":
-            try:
-                os.kill(worker["pid"], 0)
-            except ProcessLookupError:
-                return False
-            except PermissionError:
-                pass
-        return quiet < STALE
+        here = CONTAINER.exists() and worker.get("host") == self.worker["host"]
+        return quiet < STALE and not (here and not Path(f"/proc/{worker['pid']}").exists())
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Give up all claims, and with each those before it, whose workers are gone."""
         for name, path in self.held.items():
             for number in range(int(path.suffix.rpartition("-")[2]) + 1):
@@ -228,15 +207,11 @@ def alike(pipe: Any, job: Job) -> tuple[float, int]:
 
 def claim_alike(folder: Folder, todo: Iterable[tuple[Any, Job]], size: int) -> list[Job]:
     """Claim the next clip that nobody makes, and up to `size` in all that are alike. `todo` is sorted by what is."""
-    batch: list[Job] = []
-    kind = None
-    for key, job in todo:
-        if len(batch) == size or (batch and key != kind):
-            break
-        if folder.claim(job["file"]):
-            batch.append(job)
-            kind = key
-    return batch
+    for _, group in itertools.groupby(todo, key=lambda pair: pair[0]):
+        claimed = (job for _, job in group if folder.claim(job["file"]))
+        if batch := list(itertools.islice(claimed, size)):
+            return batch
+    return []
 
 
 def generate(pipe: Any, jobs: list[Job]) -> Any:
@@ -263,17 +238,11 @@ def make(pipe: Any, jobs: list[Job], folder: Path) -> Iterator[Job]:
             path = folder / job["file"]
             _cli.save_sound(path, clip, rate)
             yield {**job, "took": took, "samples": len(clip), "bytes": path.stat().st_size}
-        return
     except Exception as error:  # the others go on
         if _cli.disk_full(error):
             raise
-        why = f"{type(error).__name__}: {error}"
-    if len(jobs) == 1:
-        yield {**jobs[0], "error": why}
-        return
-    tqdm.write(f"{len(jobs)} clips together failed, now one by one: {why}", file=sys.stderr)
-    for job in jobs:
-        yield from make(pipe, [job], folder)
+        for job in jobs:
+            yield {**job, "error": f"{type(error).__name__}: {error}"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -298,13 +267,13 @@ def main(argv: list[str] | None = None) -> int:
                 _cli.note_unknown_words(pipe, *(job["prompt"] for job in missing))
 
     started = time.perf_counter()
-    records: dict[str, Job] = {}
-    with folder, tqdm(total=len(todo), desc="clips", disable=not MAIN) as bar:
+    records: list[Job] = []
+    with contextlib.closing(folder), tqdm(total=len(todo), desc="clips", disable=not MAIN) as bar:
         while todo:
             batch = claim_alike(folder, todo.values(), args.batch_size)
             for record in folder.read():  # of all workers, so after the claim: another may just have made the clip
                 if todo.pop(record["file"], None):
-                    records[record["file"]] = record
+                    records.append(record)
                     bar.update()
                     if "error" in record and MAIN:
                         tqdm.write(f"{record['file']} ({record['prompt']!r}): {record['error']}", file=sys.stderr)
@@ -313,14 +282,15 @@ def main(argv: list[str] | None = None) -> int:
                     folder.append(record)
             elif todo and not batch:
                 time.sleep(1)  # the others are at work on what is left
-            folder.release()
-    failed = sum("error" in record for record in records.values())
+            folder.close()
     if not MAIN:
         return 0
-    print(f"{len(records) - failed} done, {len(jobs) - len(missing)} there before, {failed} failed", end="")
-    if made := [record for record in records.values() if "error" not in record]:
-        workers = len({(record["host"], record["pid"]) for record in made})
+    made = [record for record in records if "error" not in record]
+    failed = len(records) - len(made)
+    print(f"{len(made)} done, {len(jobs) - len(missing)} there before, {failed} failed", end="")
+    if made:
         speed = sum(record["seconds"] for record in made) / (time.perf_counter() - started)
+        workers = len({(record["host"], record["pid"]) for record in made})
         print(f"; {speed:.2f} s of audio a second, {workers} worker(s)", end="")
     print(f", in {args.output}")
     return 1 if failed else 0
