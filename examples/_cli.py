@@ -39,7 +39,8 @@ SOUNDS += ("breakbeat", "vinyl hiss", "robot voice")
 FORMATS = (".wav", ".flac", ".mp3")
 DTYPES = ("float32", "float16", "bfloat16")
 
-# What is checked before any work: (type, whether a value is accepted, what is accepted).
+# What is checked before any work: (type, whether a value is accepted, what is accepted). A guidance of None is the
+# model's own, None runs are those of `generate.py`.
 SETTINGS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "prompt": (str, lambda text: bool(text.strip()) and not re.search("[\ud800-\udfff]", text), "text, and not empty"),
     "seconds": (numbers.Real, lambda seconds: 0.5 <= seconds <= 3600, "a number between 0.5 and 3600"),
@@ -49,7 +50,6 @@ SETTINGS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "runs": (int, lambda runs: runs >= 1, "an integer of at least 1"),
     "batch_size": (int, lambda size: size >= 1, "an integer of at least 1"),
 }
-OPTIONAL = ("guidance", "runs")  # None is the default: the model's own guidance
 
 
 # ------------------------------------------------------------------------------------------------------- errors
@@ -68,7 +68,7 @@ def interruptible() -> Iterator[None]:
         raise KeyboardInterrupt
 
     mine = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # and not an outer block's
-    if mine := mine and threading.current_thread() is threading.main_thread():
+    if mine:
         signal.signal(signal.SIGINT, press)
     try:
         yield
@@ -212,7 +212,7 @@ def or_none(kind: type) -> Callable[[str], Any]:
 def check(settings: Mapping[str, Any]) -> None:
     """Raise ValueError for the first value of `settings` that its row of SETTINGS does not accept."""
     for name, (kind, accepts, wanted) in SETTINGS.items():
-        if name not in settings or (name in OPTIONAL and settings[name] is None):
+        if name not in settings or (name in ("guidance", "runs") and settings[name] is None):
             continue
         value = settings[name]
         if not isinstance(value, kind) or isinstance(value, bool) or not accepts(value):

@@ -51,8 +51,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     together = "clips of one length made together, for a GPU with memory for them (default: %(default)s)"
     parser.add_argument("--batch-size", type=int, default=1, help=together)
     args = parser.parse_args(argv)
-    launched = {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys()
-    if launched and {"WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"}.isdisjoint(os.environ):
+    if {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
         parser.error("accelerate launch has started one worker, as it does on a CPU: use torchrun --nproc_per_node N")
     with _cli.refusing():
         args.lines = read_jobs(args.prompts)
@@ -123,7 +122,6 @@ class Folder:
         self.held: dict[str, Path] = {}
         path.mkdir(parents=True, exist_ok=True)
         self.log = path / f"records-{platform.node()}.jsonl"
-        self.log.touch()
         threading.Thread(target=self.beat, daemon=True).start()
 
     def beat(self) -> None:
@@ -283,6 +281,9 @@ def main(argv: list[str] | None = None) -> int:
             elif todo and not batch:
                 time.sleep(1)  # the others are at work on what is left
             folder.close()
+    for claim in folder.path.glob("*.claim-*"):  # of who was gone between a record and its claim
+        if claim.stem in {job["file"] for job in jobs}:
+            claim.unlink(missing_ok=True)
     if not MAIN:
         return 0
     made = [record for record in records if "error" not in record]
