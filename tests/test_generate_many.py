@@ -94,7 +94,11 @@ def test_a_wav_that_is_not_as_its_record_says_is_made_again(
     cut.write_bytes(cut.read_bytes()[:100])
     zeros.write_bytes(bytes(zeros.stat().st_size))  # as a crash of the machine leaves it
     gone.unlink()
+    (tmp_path / "clips" / f"{cut.name}.claim-0").write_text('{"host": "elsewhere", "pid": 1}')
+    os.utime(tmp_path / "clips" / f"{cut.name}.claim-0", (0, 0))
+    (tmp_path / "clips" / "another.wav.claim-0").write_text("")
     assert many(prompts) == 0
+    assert [path.name for path in claims(tmp_path / "clips")] == ["another.wav.claim-0"]
     assert "3 done, 1 there before, 0 failed; " in capsys.readouterr().out
     assert {name: content for name, (content, _) in clips(tmp_path).items()} == {
         name: content for name, (content, _) in before.items()
