@@ -5,7 +5,7 @@
 
 The second starts eight workers, one a GPU; on two nodes, give it on both, with --output on a disk that both see. All
 workers of a folder share its work, whatever started them, and nothing but the folder is between them: a clip is claimed
-by a file beside it before it is made. The claim of a worker that is gone is taken over, on its own machine at once (if
+by a file beside it before it is made. The claim of a worker that is gone is taken over: on its own machine at once (if
 that is Linux), on others once it was quiet for three minutes.
 
 Prompts are lines of text, or of JSON with "prompt" and, if they differ from the command line's, "seed" and "seconds".
