@@ -342,10 +342,8 @@ def unknown_words(pipe: Any, *prompts: str) -> list[str]:
     """The words of prompts that are not in the vocabulary of the pipeline's T5, in their order, each once."""
     tokenizer = getattr(pipe, "tokenizer_2", None)
     unknown = getattr(tokenizer, "unk_token_id", None)
-    if tokenizer is None or unknown is None:
-        return []
     words = dict.fromkeys(word for prompt in prompts for word in re.findall(r"[^\s.,;:!?\"()]+", prompt))
-    return [word for word in words if unknown in tokenizer(word)["input_ids"]]
+    return [word for word in words if unknown is not None and unknown in tokenizer(word)["input_ids"]]
 
 
 def note_unknown_words(pipe: Any, *prompts: str) -> None:
