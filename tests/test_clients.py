@@ -124,7 +124,10 @@ def test_what_overwrote_an_original_layer_is_shown() -> None:
 
 @pytest.mark.parametrize(
     "duplicate",
-    [copy.deepcopy, lambda unet: torch.load(io.BytesIO(saved(unet)), weights_only=False)],
+    [
+        copy.deepcopy,
+        lambda unet: torch.load(io.BytesIO(saved(unet)), weights_only=False),
+    ],
     ids=["deepcopy", "pickle"],
 )
 def test_copies_of_original_code_are_independent(duplicate: Callable[[nn.Module], nn.Module]) -> None:
@@ -434,7 +437,8 @@ def called_without_encoder(unet: nn.Module, *arguments: Any, **conditions: Any) 
 
 @pytest.mark.parametrize("old", [False, True], ids=["this diffusers", "before 0.25"])
 @pytest.mark.parametrize(
-    ("kind", "count"), [("Tango", 16), ("AudioLDM", 20), ("AudioLDM 2", 60), ("AudioLDM 2, widths apart", 60)]
+    ("kind", "count"),
+    [("Tango", 16), ("AudioLDM", 20), ("AudioLDM 2", 60), ("AudioLDM 2, widths apart", 60)],
 )
 def test_an_encoder_as_wide_as_a_block_is_not_taken_for_self_attention(kind: str, count: int, old: bool) -> None:
     """Before 0.25 a layer does not say is_cross_attention; the transformer around it says what it was built for."""
@@ -717,7 +721,9 @@ def latent(pipe: StableDiffusionPipeline, height: int, width: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "bins"), [(64, 64, {64, 32, 16, 8}), (32, 128, {32, 16, 8, 4})], ids=["Riffusion", "Auffusion"]
+    ("height", "width", "bins"),
+    [(64, 64, {64, 32, 16, 8}), (32, 128, {32, 16, 8, 4})],
+    ids=["Riffusion", "Auffusion"],
 )
 def test_frequency_major(height: int, width: int, bins: set[int]) -> None:
     pipe = image_pipeline()

@@ -316,7 +316,11 @@ PUBLISHED = {
     "audioldm2": (audioldm2_unet, {"channels": (128, 256, 384, 640), "slots": (None, 768, 1024)}, 64, 96),
     "audioldm2-large": (
         audioldm2_unet,
-        {"channels": (128, 256, 384, 640), "slots": (None, 768, 1024, None), "transformer_layers_per_block": 2},
+        {
+            "channels": (128, 256, 384, 640),
+            "slots": (None, 768, 1024, None),
+            "transformer_layers_per_block": 2,
+        },
         192,
         256,
     ),
