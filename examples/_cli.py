@@ -7,15 +7,22 @@ answer `--help` and a mistake in its arguments first.
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
+import errno
+import functools
 import importlib.util
 import inspect
+import io
 import math
 import numbers
 import platform
 import re
+import shutil
+import signal
 import sys
 import tempfile
+import threading
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,11 +33,14 @@ from typing import Any, NoReturn
 
 EMBEDDED = Path(__file__).parent / "embedded" / "pipeline"
 PROMPT = "a fast tabla rhythm"
+# what the embedded pipeline was trained on
+SOUNDS = ("kick drum", "snare drum", "cymbal", "tom drum", "tabla", "drone", "bass line", "guitar phrase", "bell")
+SOUNDS += ("breakbeat", "vinyl hiss", "robot voice")
 FORMATS = (".wav", ".flac", ".mp3")
 DTYPES = ("float32", "float16", "bfloat16")
 
 # What is checked before any work: (type, whether a value is accepted, what is accepted). A guidance of None is the
-# model's own.
+# model's own, None runs are those of `generate.py`.
 SETTINGS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "prompt": (str, lambda text: bool(text.strip()) and not re.search("[\ud800-\udfff]", text), "text, and not empty"),
     "seconds": (numbers.Real, lambda seconds: 0.5 <= seconds <= 3600, "a number between 0.5 and 3600"),
@@ -38,6 +48,7 @@ SETTINGS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "guidance": (numbers.Real, lambda scale: 0 <= scale < math.inf, "a finite number of at least 0"),
     "seed": (int, lambda seed: 0 <= seed < 2**63, "an integer of at least 0 and below 2**63"),
     "runs": (int, lambda runs: runs >= 1, "an integer of at least 1"),
+    "batch_size": (int, lambda size: size >= 1, "an integer of at least 1"),
 }
 
 
@@ -46,12 +57,32 @@ SETTINGS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Ctrl-C inside is one line and exit code 130. Imports of torch and its kin are put inside: they take seconds."""
+    """Ctrl-C inside is one line and exit code 130, a disk that fills up one line and 1. Imports are put inside too.
+
+    Ctrl-C ends the block also where code of others swallows the exception, as some do while they are imported.
+    """
+    pressed = []
+
+    def press(*_: Any) -> None:
+        pressed.append(True)
+        raise KeyboardInterrupt
+
+    mine = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # and not an outer block's
+    if mine:
+        signal.signal(signal.SIGINT, press)
     try:
         yield
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+    except OSError as error:
+        if not disk_full(error):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {first_line(error)}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        if mine:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if pressed:
+            print("\ninterrupted", file=sys.stderr)
+            sys.exit(130)
 
 
 @contextlib.contextmanager
@@ -66,7 +97,14 @@ def refusing() -> Iterator[None]:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
+    if disk_full(error):
+        return f"disk full: cannot write {getattr(error, 'filename', None) or 'any more'}"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether an error says that a disk, or a quota of it, is used up."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 # ----------------------------------------------------------------------------------------------------- arguments
@@ -104,13 +142,22 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, *given: Any, **others: Any) -> argparse.Namespace:
         """Parse and check."""
-        args = super().parse_args(*given, **others)
+        args, rest = self.parse_known_args(*given, **others)
+        if "prompt" in args and rest and not any(word.startswith("-") for word in rest):
+            self.error(f'a prompt of several words needs quotes: "{" ".join([args.prompt, *rest])}"')
+        elif rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
         with refusing():
             check(vars(args))
             names = [field.name for field in fields(self.config_class)]
+            if "runs" in args and args.runs and not args.compare:
+                raise ValueError("--runs needs --compare")
             if self.sound:
                 check_output(args.output)
+                if args.output.suffix.lower() == ".wav":
+                    check_space(args.output.parent, args.seconds * (1 + vars(args).get("compare", False)))
             args.config = self.config_class(**{name: getattr(args, f"focus_{name}") for name in names})
+            on_hub(args.model)
         return args
 
     def error(self, message: str) -> NoReturn:
@@ -165,7 +212,7 @@ def or_none(kind: type) -> Callable[[str], Any]:
 def check(settings: Mapping[str, Any]) -> None:
     """Raise ValueError for the first value of `settings` that its row of SETTINGS does not accept."""
     for name, (kind, accepts, wanted) in SETTINGS.items():
-        if name not in settings or (name == "guidance" and settings[name] is None):
+        if name not in settings or (name in ("guidance", "runs") and settings[name] is None):
             continue
         value = settings[name]
         if not isinstance(value, kind) or isinstance(value, bool) or not accepts(value):
@@ -183,6 +230,28 @@ def check_output(path: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"cannot write into {path.parent}: {error.strerror}") from error
+
+
+def check_space(folder: Path, seconds: float) -> None:
+    """Raise ValueError where a disk has no room for wavs of so many seconds at 16 kHz, the least that models make."""
+    needed, free = 2 * 16000 * seconds, shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(f"disk full: {needed / 1e6:.1f} MB are needed in {folder}, and {free / 1e6:.1f} MB are free")
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """Number and text of every line that is not empty. Raises ValueError for one that is not UTF-8, and for none."""
+    lines = []
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), 1):
+        try:
+            text = line.decode().strip()
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}, line {number}: not UTF-8: {line!r}; save the file as UTF-8") from None
+        if text:
+            lines.append((number, text))
+    if not lines:
+        raise ValueError(f"{path} holds no prompt")
+    return lines
 
 
 def complete(args: argparse.Namespace) -> None:
@@ -208,6 +277,36 @@ def complete(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------- loading, telling, saving
 
 
+@functools.cache
+def on_hub(model: str) -> bool:
+    """Whether a model is to be looked for on the hub: not a folder, nor without a network a copy that is here.
+
+    Raises ValueError where it is neither, and the hub does not answer within four seconds.
+    """
+    if Path(model).is_dir():
+        return False
+    if not re.fullmatch(r"[\w-]+/[\w.-]+", model):
+        raise ValueError(f"cannot use {model}: no such folder, and hub ids look like owner/name")
+    import huggingface_hub
+    from huggingface_hub import constants, utils
+
+    answers = []
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):
+            answers.append(utils.get_session().head(constants.ENDPOINT, timeout=3))
+
+    asking = threading.Thread(target=ask, daemon=True)  # a name server may take longer than any timeout
+    asking.start()
+    asking.join(4)
+    if answers:
+        return True
+    with contextlib.suppress(Exception):
+        huggingface_hub.snapshot_download(model, local_files_only=True)
+        return False
+    raise ValueError(f"cannot use {model}: no network: {constants.ENDPOINT} does not answer, and no copy is here")
+
+
 def load_pipeline(model: str, device: Any, dtype: str = "float32", offload: bool = False) -> Any:
     """The pipeline of a folder or a hub id, on `device`; with `offload`, each of its models only while it is at work.
 
@@ -222,17 +321,15 @@ def load_pipeline(model: str, device: Any, dtype: str = "float32", offload: bool
     # transformers 5.24 has renamed an argument that diffusers 0.42 passes to the language model, with the same result
     warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
     kind = getattr(torch, dtype)
+    options: dict[str, Any] = {"local_files_only": not on_hub(model)}
     try:
-        if not Path(model).is_dir() and not re.fullmatch(r"[\w-]+/[\w.-]+", model):
-            raise OSError("no such folder, and hub ids look like owner/name")
-        index = diffusers.DiffusionPipeline.load_config(model)
-        parts = {}
+        index = diffusers.DiffusionPipeline.load_config(model, **options)
         if (index.get("language_model") or ("", ""))[1] == "GPT2Model":
             # The published AudioLDM 2 names GPT2Model, which transformers 4.52 and newer cannot generate with. The
             # class with the language-model head reads the same weights and gives identical output.
-            language_model = transformers.GPT2LMHeadModel.from_pretrained(model, subfolder="language_model")
-            parts["language_model"] = language_model.to(kind)
-        pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=kind, **parts)
+            language_model = transformers.GPT2LMHeadModel.from_pretrained(model, subfolder="language_model", **options)
+            options["language_model"] = language_model.to(kind)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=kind, **options)
         if offload:
             pipe.enable_model_cpu_offload(device=device)
             return pipe
@@ -241,12 +338,21 @@ def load_pipeline(model: str, device: Any, dtype: str = "float32", offload: bool
         raise ValueError(f"cannot use {model}: {first_line(error)}") from error
 
 
-def note_unknown_words(pipe: Any, prompt: str) -> None:
-    """Print a note where a model that was trained on few words does not know one of the prompt."""
+def unknown_words(pipe: Any, *prompts: str) -> list[str]:
+    """The words of prompts that are not in the vocabulary of the pipeline's T5, in their order, each once."""
     tokenizer = getattr(pipe, "tokenizer_2", None)
     unknown = getattr(tokenizer, "unk_token_id", None)
-    if tokenizer is not None and unknown in tokenizer(prompt)["input_ids"]:
-        print("note: some words of the prompt are not in this model's vocabulary", file=sys.stderr)
+    words = dict.fromkeys(word for prompt in prompts for word in re.findall(r"[^\s.,;:!?\"()]+", prompt))
+    return [word for word in words if unknown is not None and unknown in tokenizer(word)["input_ids"]]
+
+
+def note_unknown_words(pipe: Any, *prompts: str) -> None:
+    """Print a note that names the words of prompts that the model does not know, and what the embedded one knows."""
+    if words := unknown_words(pipe, *prompts):
+        more = f" and {len(words) - 10} more" * (len(words) > 10)
+        print(f"note: words that this model does not know: {', '.join(words[:10])}{more}", file=sys.stderr)
+        if pipe.name_or_path == str(EMBEDDED):
+            print(f"it knows, slow, medium or fast: {', '.join(SOUNDS)}", file=sys.stderr)
 
 
 def machine(device: str) -> str:
@@ -296,13 +402,11 @@ def speed_up(dense: Sequence[float], patched: Sequence[float], bound: float) -> 
 
 def write(clips: Mapping[str, Any], took: Mapping[str, Sequence[float]], rate: int, bound: float, args: Any) -> None:
     """Write the clips of `generate.py` and, where there are two, their spectrograms, and say what it took."""
-    import soundfile
-
     paths = dict.fromkeys(clips, args.output)
     if args.compare:
         paths["dense"] = args.output.with_stem(args.output.stem + "_dense")
     for name, path in paths.items():
-        save(path, lambda whole, clip=clips[name]: soundfile.write(whole, clip, rate))
+        save_sound(path, clips[name], rate)
         print(f"{name}: {len(clips[name]) / rate:.2f} s of audio in {median(took[name]):.1f} s, wrote {path}")
     if args.compare:
         print(speed_up(took["dense"], took["litefocus"], bound))
@@ -325,6 +429,15 @@ def save(path: Path, write: Callable[[Path], Any]) -> None:
         whole = Path(folder, path.name)
         write(whole)
         whole.replace(path)
+
+
+def save_sound(path: Path, samples: Any, rate: int) -> None:
+    """Write a sound, whole or not at all. libsndfile calls a full disk "System error"; this calls it what it is."""
+    import soundfile
+
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format=path.suffix[1:])
+    save(path, lambda whole: whole.write_bytes(buffer.getbuffer()))
 
 
 def spectrograms(clips: Mapping[str, Any], rate: int) -> Any:

@@ -24,7 +24,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--no-patch", action="store_true", help="dense attention, without litefocus")
     mode.add_argument("--compare", action="store_true", help="dense and patched: times, two clips and one png")
-    add("--runs", type=int, default=3, help="of --compare, for its medians (default: %(default)s)")
+    add("--runs", type=int, help="of --compare, for its medians (default: 3)")
     return parser.parse_args(argv)
 
 
@@ -63,10 +63,13 @@ def generate(pipe: Any, settings: dict[str, Any], **options: Any) -> tuple[Any, 
 def compare(pipe: Any, config: litefocus.LiteFocusConfig, settings: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     """Clips and seconds of dense attention and of LiteFocus, turn by turn, `settings["runs"]` times each."""
     clips, took = {}, {"dense": [], "litefocus": []}
-    for _ in range(settings["runs"]):
+    runs = settings["runs"] or 3
+    for run in range(1, runs + 1):
         for name in took:
             with litefocus.patch(pipe, config) if name == "litefocus" else contextlib.nullcontext():
+                pipe.set_progress_bar_config(desc=f"{name}, warming up", leave=False)
                 generate(pipe, {**settings, "steps": 1})  # warm: focus sets, kernels and memory are there
+                pipe.set_progress_bar_config(desc=f"{name} {run} of {runs}")
                 clips[name], seconds = generate(pipe, settings)
                 took[name].append(seconds)
     return clips, took

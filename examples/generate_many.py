@@ -1,35 +1,46 @@
-"""Generate many clips with LiteFocus attention, on as many devices as there are.
+"""Generate many clips with LiteFocus attention, by any number of workers, on one machine or on many.
 
-    accelerate launch --num_processes 2 examples/generate_many.py prompts.txt --output clips
-    python examples/generate_many.py prompts.jsonl --output clips --seconds 60
+    python examples/generate_many.py prompts.txt --output clips
+    torchrun --nproc_per_node 8 examples/generate_many.py prompts.jsonl --output clips --seconds 60 --batch-size 4
+
+The second starts eight workers, one a GPU; on two nodes, give it on both, with --output on a disk that both see. All
+workers of a folder share its work, whatever started them, and nothing but the folder is between them: a clip is claimed
+by a file beside it before it is made. The claim of a worker that is gone is taken over: on its own machine at once (if
+that is Linux), on others once it was quiet for three minutes.
 
 Prompts are lines of text, or of JSON with "prompt" and, if they differ from the command line's, "seed" and "seconds".
-Every clip is a wav, named after its prompt and a digest of prompt, seed and settings, and a line in records.jsonl: its
-settings, how long it took, or why it failed. Run the same command again to go on where it stopped, and to try
-again what failed; other prompts or settings make further files. A clip depends on its
-prompt, seed and settings alone, not on the number of processes. The exit code is 1 where clips failed.
+Every clip is a wav, named after its prompt and a digest of prompt, seed and settings, and a line in
+records-HOST.jsonl: its settings, who made it, how long it took, or why it failed. Run the same command again to go on
+where it stopped, to make again what is not as large and long as its record says, and to try again what failed; other
+prompts or settings make further files. A clip depends on its prompt, seed and settings alone, not on the number of
+workers; with --batch-size it differs by rounding from the one made alone. The exit code is 1 where clips failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
-import heapq
+import itertools
 import json
 import os
+import platform
 import re
 import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import _cli
 
-RECORDS = "records.jsonl"
 Job = dict[str, Any]
+BEAT, STALE = 15.0, 180.0  # seconds; a network file system may show the age of a file a minute late
+CONTAINER = Path("/proc/self/ns/pid")  # Linux has it
+MAIN = os.environ.get("RANK", "0") == "0"  # the worker that tells, of those that one command has started
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -37,29 +48,29 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = _cli.Parser(__doc__)
     parser.add_argument("prompts", type=Path, help=".txt or .jsonl")
     parser.add_argument("--output", type=Path, default=Path("clips"), help="folder (default: %(default)s)")
+    together = "clips of one length made together, for a GPU with memory for them (default: %(default)s)"
+    parser.add_argument("--batch-size", type=int, default=1, help=together)
     args = parser.parse_args(argv)
+    if {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
+        parser.error("accelerate launch has started one worker, as it does on a CPU: use torchrun --nproc_per_node N")
     with _cli.refusing():
-        args.lines = read_lines(args.prompts)
+        args.lines = read_jobs(args.prompts)
     return args
 
 
-def read_lines(path: Path) -> list[Job]:
+def read_jobs(path: Path) -> list[Job]:
     """What every line asks for: a prompt, perhaps seed and seconds. Raises ValueError for the first bad line."""
-    lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    jobs = []
+    for number, line in _cli.read_lines(path):
         try:
-            own = json.loads(line) if path.suffix == ".jsonl" else {"prompt": line.strip()}
+            own = json.loads(line) if path.suffix == ".jsonl" else {"prompt": line}
             if not isinstance(own, dict) or "prompt" not in own or not own.keys() <= {"prompt", "seed", "seconds"}:
                 raise ValueError('must hold "prompt" and at most "seed", "seconds"')
             _cli.check(own)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
-        lines.append(own)
-    if not lines:
-        raise ValueError(f"{path} holds no prompt")
-    return lines
+        jobs.append(own)
+    return jobs
 
 
 if __name__ == "__main__":
@@ -67,8 +78,8 @@ if __name__ == "__main__":
 
 with _cli.interruptible():
     import soundfile
-    from accelerate import PartialState
-    from generate import generate, load
+    import torch
+    from generate import load
     from tqdm import tqdm
 
 
@@ -94,110 +105,194 @@ def file_name(job: Job) -> str:
     return f"{stem or 'clip'}-{hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:12]}.wav"
 
 
-def shares(jobs: list[Job], processes: int) -> list[list[Job]]:
-    """The jobs of every process: longest first, each to the process that has the least to do so far."""
-    parts: list[list[Job]] = [[] for _ in range(processes)]
-    loads = [(0.0, process) for process in range(processes)]
-    for job in sorted(jobs, key=lambda job: -job["seconds"]):
-        load, process = heapq.heappop(loads)
-        parts[process].append(job)
-        heapq.heappush(loads, (load + job["seconds"], process))
-    return parts
+class Folder:
+    """A folder of clips that any number of workers fill, on any number of machines: what is there, who makes what.
 
+    Claims of a clip are files NAME.wav.claim-0, and, where the worker of that is gone, claim-1, and so on: the file
+    system grants each to one worker alone. A worker touches its claims while it lives. Records lie in a file for every
+    machine, as appending is safe from torn lines on one, but not from others over a network.
+    """
 
-def append(path: Path, record: Job) -> None:
-    """Add a line in one write, which processes that append to one file do not tear. A torn line before is ended."""
-    file = os.open(path, os.O_APPEND | os.O_CREAT | os.O_RDWR | getattr(os, "O_BINARY", 0), 0o644)
-    try:
-        torn = os.fstat(file).st_size > 0
-        if torn:
-            os.lseek(file, -1, os.SEEK_END)
-            torn = os.read(file, 1) != b"\n"
-        os.write(file, ("\n" * torn + json.dumps(record, ensure_ascii=False) + "\n").encode())
-    finally:
-        os.close(file)
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.worker = {"host": platform.node(), "pid": os.getpid()}
+        if CONTAINER.exists():  # containers of one name may number their processes each for itself
+            self.worker["host"] += f"-{CONTAINER.stat().st_ino}"
+        self.ends: dict[Path, int] = {}  # of what was read
+        self.held: dict[str, Path] = {}
+        path.mkdir(parents=True, exist_ok=True)
+        self.log = path / f"records-{platform.node()}.jsonl"
+        threading.Thread(target=self.beat, daemon=True).start()
 
+    def beat(self) -> None:
+        """Show that the holder of the claims is alive."""
+        while True:
+            time.sleep(BEAT)
+            for path in list(self.held.values()):
+                with contextlib.suppress(OSError):
+                    os.utime(path)
 
-def read_records(file: TextIO) -> list[Job]:
-    """The records from where `file` stands to its end. Torn lines are passed over; one at the end is left for later."""
-    records = []
-    while True:
-        start = file.tell()
-        line = file.readline()
-        if not line.endswith("\n"):
-            file.seek(start)
-            return records
+    def read(self) -> list[Job]:
+        """The records that have come since the last call, of all workers. A torn line is passed over."""
+        records = []
+        for path in sorted(self.path.glob("records*.jsonl")):
+            with path.open("rb") as file:
+                file.seek(self.ends.get(path, 0))
+                *lines, rest = file.read().split(b"\n")
+                self.ends[path] = file.tell() - len(rest)
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    records.append(json.loads(line))
+        return records
+
+    def append(self, record: Job) -> None:
+        """Add a line in one write, which workers of one machine do not tear. A torn line before is ended."""
+        with self.log.open("a+b", buffering=0) as file:
+            file.seek(max(file.tell() - 1, 0))
+            torn = file.read(1) not in (b"", b"\n")
+            file.write(("\n" * torn + json.dumps({**record, **self.worker}, ensure_ascii=False) + "\n").encode())
+
+    def holds(self, record: Job) -> bool:
+        """Whether the clip of a record is there, as large and as long as the record says."""
+        path = self.path / record["file"]
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+            return path.stat().st_size == record["bytes"] and soundfile.info(path).frames == record["samples"]
+        except (OSError, KeyError, soundfile.SoundFileError):
+            return False
+
+    def claim(self, name: str) -> bool:
+        """Claim a clip, unless a worker that is alive has claimed it."""
+        for number in itertools.count():
+            path = self.path / f"{name}.claim-{number}"
+            try:
+                with path.open("x") as file:
+                    self.held[name] = path
+                    json.dump(self.worker, file)
+                return True
+            except FileExistsError:
+                if self.alive(path):
+                    return False
+
+    def alive(self, claim: Path) -> bool:
+        """Whether the worker of a claim is alive: its process, where it is of this machine, and its touch."""
+        try:
+            self.log.touch()  # what time it is where the folder lies
+            quiet = self.log.stat().st_mtime - claim.stat().st_mtime
+            worker = json.loads(claim.read_text())
+        except FileNotFoundError:
+            return False
+        except ValueError:  # it is being written
+            worker = {}
+        here = CONTAINER.exists() and worker.get("host") == self.worker["host"]
+        return quiet < STALE and not (here and not Path(f"/proc/{worker['pid']}").exists())
+
+    def close(self) -> None:
+        """Give up all claims, and with each those before it, whose workers are gone."""
+        for name, path in self.held.items():
+            for number in range(int(path.suffix.rpartition("-")[2]) + 1):
+                (self.path / f"{name}.claim-{number}").unlink(missing_ok=True)
+        self.held.clear()
 
 
-def make(pipe: Any, job: Job, folder: Path) -> Job:
-    """Generate one clip; the record of it, or of why it failed."""
+def alike(pipe: Any, job: Job) -> tuple[float, int]:
+    """What clips that are made together share: their length, and that of their prompts in tokens.
+
+    AudioLDM 2 pads shorter prompts to the longest, and its language model takes the padding for text.
+    """
+    tokenizer = getattr(pipe, "tokenizer_2", None)
+    return -job["seconds"], len(tokenizer(job["prompt"])["input_ids"]) if tokenizer else 0
+
+
+def claim_alike(folder: Folder, todo: Iterable[tuple[Any, Job]], size: int) -> list[Job]:
+    """Claim the next clip that nobody makes, and up to `size` in all that are alike. `todo` is sorted by what is."""
+    for _, group in itertools.groupby(todo, key=lambda pair: pair[0]):
+        claimed = (job for _, job in group if folder.claim(job["file"]))
+        if batch := list(itertools.islice(claimed, size)):
+            return batch
+    return []
+
+
+def generate(pipe: Any, jobs: list[Job]) -> Any:
+    """Samples of clips that are alike, made together, each from a generator of its own: what it would be alone."""
+    first = jobs[0]
+    options = {} if first["guidance"] is None else {"guidance_scale": first["guidance"]}
+    return pipe(
+        [job["prompt"] for job in jobs],
+        audio_length_in_s=first["seconds"],
+        num_inference_steps=first["steps"],
+        generator=[torch.Generator("cpu").manual_seed(job["seed"]) for job in jobs],
+        **options,
+    ).audios.astype("float32")
+
+
+def make(pipe: Any, jobs: list[Job], folder: Path) -> Iterator[Job]:
+    """Generate and write clips that are alike; the record of each, or of why it failed."""
     started = time.perf_counter()
+    rate = pipe.vocoder.config.sampling_rate
     try:
-        audio, _ = generate(pipe, job)
-        rate = pipe.vocoder.config.sampling_rate
-        _cli.save(folder / job["file"], lambda whole: soundfile.write(whole, audio, rate))
+        clips = generate(pipe, jobs)
+        took = round((time.perf_counter() - started) / len(jobs), 3)
+        for job, clip in zip(jobs, clips, strict=True):
+            path = folder / job["file"]
+            _cli.save_sound(path, clip, rate)
+            yield {**job, "took": took, "samples": len(clip), "bytes": path.stat().st_size}
     except Exception as error:  # the others go on
-        return {**job, "error": f"{type(error).__name__}: {error}"}
-    return {**job, "took": round(time.perf_counter() - started, 3)}
-
-
-def watch(file: TextIO, names: set[str], bar: tqdm, records: dict[str, Job]) -> None:
-    """Collect the records of all processes as they come, until there is one for each of `names`."""
-    while records.keys() < names:
-        for record in read_records(file):
-            if record["file"] in names:
-                records[record["file"]] = record
-                bar.update()
-                if "error" in record:
-                    tqdm.write(f"{record['file']} ({record['prompt']!r}): {record['error']}", file=sys.stderr)
-        time.sleep(0.2)
+        if _cli.disk_full(error):
+            raise
+        for job in jobs:
+            yield {**job, "error": f"{type(error).__name__}: {error}"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Generate what is missing; the exit code, of the first process that for all of them."""
+    """Generate what is missing, with all others who do so; the exit code, of a command's first worker alone."""
     args = parse(argv)
     with _cli.refusing():
         _cli.complete(args)
+        if args.device.type == "cuda":
+            args.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         jobs = jobs_of(args)
-        args.output.mkdir(parents=True, exist_ok=True)
-        state = PartialState()
-        args.device = state.device
-        path = args.output / RECORDS
-        path.touch()
-        pending = [job for job in jobs if not (args.output / job["file"]).exists()]
-        log = path.open(encoding="utf-8")
-        recorded = {record["file"] for record in read_records(log) if "error" not in record}
-        if state.is_main_process:
-            for job in jobs:
-                if job not in pending and job["file"] not in recorded:  # stopped between clip and record
-                    append(path, job)
-        log.seek(0, os.SEEK_END)
-        state.wait_for_everyone()  # before the first clip is there, so that all share out the same
-        if pending:
+        folder = Folder(args.output)
+        made = {record["file"]: record for record in folder.read() if "error" not in record}
+        missing = [job for job in jobs if job["file"] not in made or not folder.holds(made[job["file"]])]
+        todo: dict[str, tuple[Any, Job]] = {}
+        if missing:
+            _cli.check_space(args.output, sum(job["seconds"] for job in missing))
             pipe, _ = load(args)
             pipe.set_progress_bar_config(disable=True)
+            kinds = [(alike(pipe, job), job) for job in missing]
+            todo = {job["file"]: (kind, job) for kind, job in sorted(kinds, key=lambda pair: pair[0])}
+            if MAIN:
+                _cli.note_unknown_words(pipe, *(job["prompt"] for job in missing))
 
     started = time.perf_counter()
-    records: dict[str, Job] = {}
-    with tqdm(total=len(pending), desc="clips", disable=not state.is_main_process) as bar:
-        names = {job["file"] for job in pending}
-        watcher = threading.Thread(target=watch, args=(log, names, bar, records), daemon=True)
-        if state.is_main_process:
-            watcher.start()
-        for job in shares(pending, state.num_processes)[state.process_index]:
-            append(path, make(pipe, job, args.output))
-        if not state.is_main_process:
-            return 0
-        watcher.join()
-    log.close()
-    failed = sum("error" in record for record in records.values())
-    print(f"{len(records) - failed} done, {len(jobs) - len(pending)} there before, {failed} failed", end="")
-    if made := sum(record["seconds"] for record in records.values() if "error" not in record):
-        print(f"; {made / (time.perf_counter() - started):.2f} s of audio a second", end="")
+    records: list[Job] = []
+    with contextlib.closing(folder), tqdm(total=len(todo), desc="clips", disable=not MAIN) as bar:
+        while todo:
+            batch = claim_alike(folder, todo.values(), args.batch_size)
+            for record in folder.read():  # of all workers, so after the claim: another may just have made the clip
+                if todo.pop(record["file"], None):
+                    records.append(record)
+                    bar.update()
+                    if "error" in record and MAIN:
+                        tqdm.write(f"{record['file']} ({record['prompt']!r}): {record['error']}", file=sys.stderr)
+            if claimed := [job for job in batch if job["file"] in todo]:
+                for record in make(pipe, claimed, folder.path):
+                    folder.append(record)
+            elif todo and not batch:
+                time.sleep(1)  # the others are at work on what is left
+            folder.close()
+    for claim in folder.path.glob("*.claim-*"):  # of who was gone between a record and its claim
+        if claim.stem in {job["file"] for job in jobs}:
+            claim.unlink(missing_ok=True)
+    if not MAIN:
+        return 0
+    made = [record for record in records if "error" not in record]
+    failed = len(records) - len(made)
+    print(f"{len(made)} done, {len(jobs) - len(missing)} there before, {failed} failed", end="")
+    if made:
+        speed = sum(record["seconds"] for record in made) / (time.perf_counter() - started)
+        workers = len({(record["host"], record["pid"]) for record in made})
+        print(f"; {speed:.2f} s of audio a second, {workers} worker(s)", end="")
     print(f", in {args.output}")
     return 1 if failed else 0
 

@@ -1,6 +1,7 @@
 """A long clip from Tango or Tango 2, whose own code makes clips of 10.24 seconds only.
 
-    git clone https://github.com/declare-lab/tango && cd tango       # and what its audioldm folder imports: librosa
+    git clone https://github.com/declare-lab/tango && cd tango
+    pip install einops librosa progressbar pyyaml scipy torchaudio tqdm    # what its code imports; not its requirements
     python .../examples/tango.py "rain on a tin roof" --seconds 60
 
 Run it in a clone of declare-lab/tango, on current diffusers. Weights (5 GB) come from the hub.
@@ -10,10 +11,15 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import sys
+from pathlib import Path
 from typing import Any
 
 import _cli
+
+# what Tango's code imports beside torch, diffusers and transformers: module, and package where the name is another
+NEEDS = {"einops": "", "librosa": "", "progressbar": "", "scipy": "", "torchaudio": "", "tqdm": "", "yaml": "pyyaml"}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -21,14 +27,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = _cli.Parser(__doc__, sound="tango.wav")
     parser.add_argument("prompt", help="what should sound")
     parser.set_defaults(seconds=60.0, model="declare-lab/tango2", steps=100, guidance=3.0)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not Path("audioldm").is_dir() or not Path("tango.py").is_file():
+        parser.error("run this in a clone of declare-lab/tango: git clone https://github.com/declare-lab/tango")
+    if missing := [package or name for name, package in NEEDS.items() if not importlib.util.find_spec(name)]:
+        parser.error(f"Tango's code needs more: pip install {' '.join(missing)}")
+    return args
 
 
 if __name__ == "__main__":
     parse()  # `--help` and mistakes are answered before the imports below, which take seconds
 
 with _cli.interruptible():
-    import soundfile
     import torch
 
     import litefocus
@@ -103,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
 
     torch.manual_seed(args.seed)  # Tango draws from the global generator
     wave = tango.generate(args.prompt, steps=args.steps, guidance=args.guidance, disable_progress=False)
-    _cli.save(args.output, lambda whole: soundfile.write(whole, wave, 16000))
+    _cli.save_sound(args.output, wave, 16000)
     print(f"wrote {args.output}")
     if memory := _cli.peak_memory():
         print(memory)

@@ -2,11 +2,15 @@
 
 import argparse
 import dataclasses
+import http.server
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import _cli
@@ -106,6 +110,52 @@ def test_ctrl_c_is_one_line(script: str, tmp_path: Path) -> None:
     assert shown.strip().splitlines()[-1] == "interrupted"
     assert "Traceback" not in shown
     assert not list(tmp_path.rglob("*.wav*"))
+
+
+def test_ctrl_c_during_imports_ends_the_program_also_if_they_swallow_it(tmp_path: Path) -> None:
+    swallows = "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
+    (tmp_path / "torch.py").write_text(swallows)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "generate.py")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr.strip()) == (130, "interrupted")
+
+
+@pytest.mark.parametrize("server", ["refuses", "is silent", "answers"])
+def test_no_network_is_said_in_under_five_seconds(server: str, tmp_path: Path) -> None:
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(404)
+            self.end_headers()
+
+    with (
+        socket.create_server(("localhost", 0)) as silent,
+        http.server.HTTPServer(("localhost", 0), Answer) as answering,
+    ):
+        threading.Thread(target=answering.serve_forever, daemon=True).start()
+        port = {"refuses": 9, "is silent": silent.getsockname()[1], "answers": answering.server_port}[server]
+        environment = {**os.environ, "HF_ENDPOINT": f"http://localhost:{port}", "HF_HOME": str(tmp_path)}
+        environment["PYTHONPATH"] = os.pathsep.join([str(EXAMPLES), str(ROOT)])
+
+        def run(*command: str) -> subprocess.CompletedProcess[str]:
+            command = (sys.executable, *command)
+            return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+        if server != "answers":
+            started = time.monotonic()
+            done = run(str(EXAMPLES / "generate.py"), "--model", "owner/name")
+            assert time.monotonic() - started < 5
+            assert done.returncode == 2
+            message = f"no network: http://localhost:{port} does not answer, and no copy is here"
+            assert done.stderr == f"generate.py: error: cannot use owner/name: {message}\n"
+            copy = tmp_path / "hub" / "models--owner--name"  # as the hub's client keeps it
+            (copy / "snapshots" / "1").mkdir(parents=True)
+            (copy / "refs").mkdir()
+            (copy / "refs" / "main").write_text("1")
+        done = run("-c", "import _cli; print(_cli.on_hub('owner/name'))")
+        assert done.stdout == ("True\n" if server == "answers" else "False\n"), done.stderr
+        answering.shutdown()
 
 
 SOURCES = {path.relative_to(EXAMPLES): path.read_text() for path in sorted(EXAMPLES.rglob("*.py"))}

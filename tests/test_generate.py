@@ -1,5 +1,8 @@
 """examples/generate.py as a user runs it."""
 
+import collections
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +13,7 @@ import generate
 import numpy as np
 import pytest
 import soundfile
+from data import NOUNS
 from judge import classify
 from test_cli import options
 
@@ -53,10 +57,11 @@ def test_compare_writes_both_clips_and_a_picture(tmp_path: Path, capsys: pytest.
 def test_both_ways_take_turns_warm(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, _ = generate.load(options())
     litefocus.unpatch(pipe)
-    calls = []
+    calls, labels = [], []
 
     def timed(pipe: Any, settings: dict[str, Any]) -> tuple[np.ndarray, float]:
         calls.append((litefocus.status(pipe).config, settings["steps"]))
+        labels.append(pipe._progress_bar_config["desc"])
         return np.zeros(1), float(len(calls))
 
     monkeypatch.setattr(generate, "generate", timed)
@@ -64,6 +69,9 @@ def test_both_ways_take_turns_warm(monkeypatch: pytest.MonkeyPatch) -> None:
     _, took = generate.compare(pipe, config, {"steps": 7, "runs": 2})
     assert calls == [(None, 1), (None, 7), (config, 1), (config, 7)] * 2
     assert took == {"dense": [2, 6], "litefocus": [4, 8]}
+    names = ["dense 1 of 2", "litefocus 1 of 2", "dense 2 of 2", "litefocus 2 of 2"]
+    assert labels[1::2] == names
+    assert labels[::2] == [f"{name.split()[0]}, warming up" for name in names]
 
 
 def test_a_speed_up_above_the_bound_comes_with_the_reason() -> None:
@@ -76,8 +84,43 @@ def test_a_speed_up_above_the_bound_comes_with_the_reason() -> None:
 
 
 def test_words_outside_of_the_vocabulary_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    generate.main(["a slow zither", "--seconds", "1", "--steps", "1", "--output", str(tmp_path / "a.wav")])
-    assert "not in this model's vocabulary" in capsys.readouterr().err
+    generate.main(["Slow zither, and kazoo", "--seconds", "1", "--steps", "1", "--output", str(tmp_path / "a.wav")])
+    first, second = capsys.readouterr().err.splitlines()[:2]
+    assert first == "note: words that this model does not know: zither, kazoo"
+    assert second == f"it knows, slow, medium or fast: {', '.join(nouns[0] for nouns in NOUNS.values())}"
+    assert len(NOUNS) == 12
+    args = options()
+    pipe = _cli.load_pipeline(args.model, args.device, args.dtype)
+    assert _cli.unknown_words(pipe, *(f"{tempo} {sound}" for tempo in ("slow", "fast") for sound in _cli.SOUNDS)) == []
+    pipe.tokenizer_2 = None  # as of AudioLDM
+    assert _cli.unknown_words(pipe, "a zither") == []
+
+
+def test_a_full_disk_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the work where it can be seen, and after it where not."""
+    monkeypatch.setattr(generate, "generate", lambda pipe, settings: (np.zeros(16000, dtype=np.float32), 1.0))
+
+    def write(path: Path, content: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    with pytest.raises(SystemExit) as stop, _cli.interruptible():
+        generate.main(["--seconds", "1", "--output", str(tmp_path / "a.wav")])
+    assert stop.value.code == 1
+    assert "error: disk full: cannot write " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+    usage = collections.namedtuple("usage", "free")(1_500_000)
+    monkeypatch.setattr(_cli.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(generate, "load", lambda args: pytest.fail("work was begun"))
+    for arguments in (["--seconds", "60"], ["--seconds", "30", "--compare"]):
+        with pytest.raises(SystemExit) as stop:
+            generate.main([*arguments, "--output", str(tmp_path / "a.wav")])
+        assert stop.value.code == 2
+        message = f"error: disk full: 1.9 MB are needed in {tmp_path}, and 1.5 MB are free"
+        assert capsys.readouterr().err.strip().endswith(message)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +135,9 @@ def test_words_outside_of_the_vocabulary_are_named(tmp_path: Path, capsys: pytes
         (["--guidance", "-1"], "guidance must be a finite number of at least 0, got -1"),
         (["--seed", "-1"], "seed must be an integer of at least 0 and below 2**63, got -1"),
         (["--compare", "--runs", "0"], "runs must be an integer of at least 1, got 0"),
+        (["--runs", "3"], "--runs needs --compare"),
+        (["a", "slow", "bell", "--seconds", "3"], 'a prompt of several words needs quotes: "a slow bell"'),
+        (["a bell", "--sparse", "1", "--no-such"], "unrecognized arguments: --no-such"),
         (["--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
         (["--time-window", "0"], "time_window must be an integer of at least 1, got 0"),
         (["--min-freq-bins", "99"], "set min_freq_bins to 8 or less"),

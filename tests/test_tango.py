@@ -127,6 +127,11 @@ def tango(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> typing.Callable[..
     clone.Tango = Tango  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "tango", clone)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "audioldm").mkdir()
+    (tmp_path / "tango.py").touch()
+    monkeypatch.setattr(_cli, "on_hub", lambda model: True)
+    needs = script["NEEDS"].copy()  # type: ignore[attr-defined]
+    script["NEEDS"].clear()  # type: ignore[attr-defined]
 
     def run(*arguments: str) -> np.ndarray:
         made.clear()
@@ -134,6 +139,7 @@ def tango(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> typing.Callable[..
         return soundfile.read(tmp_path / "tango.wav")[0]
 
     run.librosa = librosa  # type: ignore[attr-defined]
+    run.needs, run.needed = needs, script["NEEDS"]  # type: ignore[attr-defined]
     return run
 
 
@@ -181,3 +187,27 @@ def test_tango_checks_first(tango: Any, capsys: pytest.CaptureFixture[str]) -> N
         error = capsys.readouterr().err
         assert (stop.value.code, message in error, len(error.strip().splitlines())) == (2, True, 1)
     assert made == []
+
+
+def test_tango_says_where_to_run_it_and_all_that_it_needs(
+    tango: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def error() -> str:
+        with pytest.raises(SystemExit) as stop:
+            tango()
+        assert stop.value.code == 2
+        return capsys.readouterr().err.strip().split(": error: ")[1]
+
+    tango.needed.update({**tango.needs, "yaml_too": "pyyaml-too"})
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])  # where nothing is installed
+    for name in tango.needs:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(_cli, "config_class", lambda: LiteFocusConfig)
+    everything = "einops librosa progressbar scipy torchaudio tqdm pyyaml pyyaml-too"
+    assert error() == f"Tango's code needs more: pip install {everything}"
+    assert set(everything.split()) - {"pyyaml-too"} <= set(SCRIPT.read_text().split('"""')[1].split())
+    (tmp_path / "audioldm").rmdir()
+    place = "run this in a clone of declare-lab/tango: git clone https://github.com/declare-lab/tango"
+    assert error() == place
+    monkeypatch.chdir(SCRIPT.parent)  # which holds a tango.py
+    assert error() == place
