@@ -267,7 +267,8 @@ class Probe(Table):
                 str(seen[-1].frames) if seen else "-",
             ]
             for name in names:
-                cells.append(f"{sum(row.errors[name] for row in seen) / len(seen):.1%}" if seen else "-")
+                error = f"{sum(row.errors[name] for row in seen) / len(seen):.1%}" if seen else "-"
+                cells.append("dense" if seen and all(row.keys_kept[name] == 1 for row in seen) else error)
             for mass in ("same_frequency", "focus", "window"):
                 shares = [getattr(row, mass) for row in seen]
                 for kind in ("mass", "uniform"):
