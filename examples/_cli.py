@@ -28,6 +28,9 @@ EMBEDDED = Path(__file__).parent / "embedded" / "pipeline"
 PROMPT = "a fast tabla rhythm"
 FORMATS = (".wav", ".flac", ".mp3")
 DTYPES = ("float32", "float16", "bfloat16")
+# what the embedded model knows, each slow, medium or fast
+SOUNDS = "kick drum, snare drum, cymbal, tom drum, tabla, drone, bass line, guitar phrase, bell, breakbeat, vinyl hiss"
+SOUNDS += ", robot voice"
 
 # What is checked before any work: (type, whether a value is accepted, what is accepted). A guidance of None is the
 # model's own.
@@ -241,12 +244,18 @@ def load_pipeline(model: str, device: Any, dtype: str = "float32", offload: bool
         raise ValueError(f"cannot use {model}: {first_line(error)}") from error
 
 
-def note_unknown_words(pipe: Any, prompt: str) -> None:
-    """Print a note where a model that was trained on few words does not know one of the prompt."""
+def unknown_words(pipe: Any, prompt: str) -> list[str]:
+    """The words of a prompt that a model trained on few words, as the embedded one was, does not know."""
     tokenizer = getattr(pipe, "tokenizer_2", None)
     unknown = getattr(tokenizer, "unk_token_id", None)
-    if tokenizer is not None and unknown in tokenizer(prompt)["input_ids"]:
-        print("note: some words of the prompt are not in this model's vocabulary", file=sys.stderr)
+    words = list(dict.fromkeys(prompt.split())) if tokenizer is not None and unknown is not None else []
+    return [word for word in words if unknown in tokenizer(word)["input_ids"]]
+
+
+def note_unknown_words(pipe: Any, prompt: str) -> None:
+    """Print a note where a model that was trained on few words does not know one of the prompt."""
+    if words := unknown_words(pipe, prompt):
+        print(f"note: words that this model does not know: {', '.join(words)}", file=sys.stderr)
 
 
 def machine(device: str) -> str:
@@ -327,21 +336,46 @@ def save(path: Path, write: Callable[[Path], Any]) -> None:
         whole.replace(path)
 
 
-def spectrograms(clips: Mapping[str, Any], rate: int) -> Any:
-    """A matplotlib figure with a spectrogram for every clip, over seconds and Hz."""
+def mel(hertz: Any) -> Any:
+    """Frequencies on the mel scale."""
+    import numpy as np
+
+    return 2595 * np.log10(1 + np.asarray(hertz) / 700)
+
+
+def mel_levels(clip: Any, rate: int) -> Any:
+    """Levels in dB of a clip, (96 rows of mel up to half the rate, at most 800 columns of time)."""
     import numpy as np
     from matplotlib import mlab
+
+    window = min(1024, len(clip))
+    power, frequencies, _ = mlab.specgram(clip, NFFT=window, Fs=rate, noverlap=window - min(window, 256))
+    rows = np.searchsorted(mel(frequencies), np.linspace(0, mel(rate / 2), 97)[:-1])
+    columns = np.unique(np.linspace(0, power.shape[1], 801, dtype=int)[:-1])
+    for axis, starts in enumerate((rows, columns)):  # means of the bins of a row, and of the windows of a column
+        counts = np.maximum(np.diff(starts, append=power.shape[axis]), 1)
+        power = np.add.reduceat(power, starts, axis=axis) / np.expand_dims(counts, 1 - axis)
+    return 10 * np.log10(power + 1e-12)
+
+
+LEVELS = {"vmin": -110, "vmax": -30, "cmap": "magma", "origin": "lower"}  # of their colours, in dB
+
+
+def spectrograms(clips: Mapping[str, Any], rate: int, size: tuple[float, float] = (12, 3)) -> Any:
+    """A matplotlib figure with a spectrogram of `size` inches for every clip, over seconds and mel."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3 * len(clips)), layout="constrained")
+    figure = Figure(figsize=(size[0], size[1] * len(clips)), layout="constrained")
     FigureCanvasAgg(figure)
+    ticks = [hertz for hertz in (0, 500, 1000, 2000, 4000, 8000, 16000) if hertz <= rate / 2]
     every = figure.subplots(len(clips), sharex=True, squeeze=False)[:, 0]
     for axes, (title, clip) in zip(every, clips.items(), strict=True):
-        power, frequencies, times = mlab.specgram(clip, NFFT=1024, Fs=rate, noverlap=512)
-        level = {"vmin": -110, "vmax": -30, "cmap": "cividis", "rasterized": True}
-        picture = axes.pcolormesh(times, frequencies, 10 * np.log10(power + 1e-12), **level)
-        axes.set(title=title, ylabel="frequency (Hz)", xlabel="time (s)")
+        extent = (0, len(clip) / rate, 0, mel(rate / 2))
+        picture = axes.imshow(mel_levels(clip, rate), extent=extent, aspect="auto", **LEVELS)
+        axes.set_title(title, parse_math=False, wrap=True)  # a prompt may hold a $
+        axes.set_yticks(mel(ticks), [f"{hertz:,}" for hertz in ticks])
+        axes.set(ylabel="frequency (Hz)", xlabel="time (s)")
         axes.label_outer()
         figure.colorbar(picture, ax=axes, label="dB")
     return figure
