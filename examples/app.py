@@ -26,6 +26,8 @@ STYLE = """.bar {background: var(--border-color-primary); border-radius: 4px; ma
 .bar div {background: var(--color-accent); border-radius: 4px; height: 8px; transition: width .2s}
 .prompt {font-size: 1.3em; font-weight: bold; overflow-wrap: anywhere}"""
 
+ENDING = threading.Event()  # when set, clips that are being made end
+
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, checked."""
@@ -77,13 +79,14 @@ def page(pipe: Any, args: argparse.Namespace) -> gr.Blocks:
         """A clip and its seconds into `job`, a number after every step into `steps`; ends soon after `stop` is set."""
 
         def look(*_: Any) -> None:
-            if stop.is_set():
+            if stop.is_set() or ENDING.is_set():
                 raise Cancelled
 
         try:
             with alone, contextlib.ExitStack() as hooks:
-                for part in (pipe.unet, pipe.vae.decoder, pipe.vocoder):  # before every step and tile of decoding
-                    hooks.enter_context(part.register_forward_pre_hook(look))
+                for part in (pipe.unet, pipe.vae.decoder, pipe.vocoder):
+                    for module in part.modules():  # a step of ten minutes of sound takes long
+                        hooks.enter_context(module.register_forward_pre_hook(look))
                 look()
                 forget_peak()
                 job.set_result(generate.generate(pipe, settings, callback=lambda step, *_: steps.append(step)))
@@ -106,7 +109,7 @@ def page(pipe: Any, args: argparse.Namespace) -> gr.Blocks:
         steps: list[int] = []
         peak, stop, job = 0, threading.Event(), Future[Any]()
         try:
-            threading.Thread(target=work, args=(settings, steps, stop, job), daemon=True).start()
+            threading.Thread(target=work, args=(settings, steps, stop, job)).start()
             yield {**nothing, state: note}
             while not job.done() or not peak:
                 wait([job], timeout=0.1)
@@ -170,7 +173,10 @@ def main(argv: list[str] | None = None) -> None:
         _cli.complete(args)
         options = {"server_port": args.port, "share": args.share, "css": STYLE, "footer_links": []}
         page(generate.load(args)[0], args).launch(prevent_thread_lock=True, show_error=True, **options)
-    threading.Event().wait()
+    try:
+        threading.Event().wait()
+    finally:
+        ENDING.set()
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def test_memory_is_that_of_the_clip(visit: Any) -> None:
     peaks = []
     for seconds in ("60", "1"):
         ask(page, "a slow bell", seconds=seconds, steps="1")
-        told = page.get_by_text(re.compile(rf"\b{seconds} s of sound took"))
+        told = page.get_by_text(re.compile(rf"{seconds} s of sound took"))
         expect(told).to_be_visible()
         peaks.append(float(re.search(r"at most (\d+\.\d+) GiB", told.inner_text())[1]))
     assert 0.1 < peaks[1] < peaks[0] - 0.05
