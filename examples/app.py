@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import socket
 import sys
 import threading
@@ -17,11 +16,8 @@ from typing import Any
 import _cli
 
 PROMPTS = ("a fast tabla rhythm", "a slow drone", "a medium breakbeat", "a slow bell", "a fast robot voice")
-ABOUT = """# LiteFocus
-
-Describe a sound, and get a clip of up to ten minutes, two to ten times faster than with dense attention.
-"""
-SMALL = f"The model that runs here is small: it knows {_cli.SOUNDS}, each slow, medium or fast."
+ABOUT = "Describe a sound, and get a clip of up to ten minutes, two to ten times faster than with dense attention."
+SMALL = f" The model that runs here is small: it knows {_cli.SOUNDS}, each slow, medium or fast."
 STYLE = """.bar {background: var(--border-color-primary); border-radius: 4px; margin: 6px 0}
 .bar div {background: var(--color-accent); border-radius: 4px; height: 8px; transition: width .2s}
 .prompt {font-size: 1.3em; font-weight: bold; overflow-wrap: anywhere}"""
@@ -57,14 +53,6 @@ with _cli.interruptible():
     import torch
 
 
-def forget_peak() -> None:
-    """What is measured next is of the next clip: without the highest so far, and what the C library has kept of it."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif sys.platform == "linux":
-        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # glibc has it
-
-
 class Cancelled(Exception):
     """Nobody waits for the clip any more."""
 
@@ -88,7 +76,8 @@ def page(pipe: Any, args: argparse.Namespace) -> gr.Blocks:
                     for module in part.modules():  # a step of ten minutes of sound takes long
                         hooks.enter_context(module.register_forward_pre_hook(look))
                 look()
-                forget_peak()
+                _cli.forget_peak()
+                job.set_running_or_notify_cancel()
                 job.set_result(generate.generate(pipe, settings, callback=lambda step, *_: steps.append(step)))
         except Exception as error:
             job.set_exception(error)
@@ -103,9 +92,8 @@ def page(pipe: Any, args: argparse.Namespace) -> gr.Blocks:
             print(f"error: {error}", file=sys.stderr)
             yield {**nothing, state: f"⚠️ {escape(str(error))}"}
             return
-        note = ""
-        if words := _cli.unknown_words(pipe, prompt):
-            note = f"<p>ℹ️ This model does not know <b>{escape(', '.join(words))}</b>. It knows {_cli.SOUNDS}.</p>"
+        unknown = escape(", ".join(_cli.unknown_words(pipe, prompt)))
+        note = f"<p>ℹ️ This model does not know: <b>{unknown}</b></p>" if unknown else ""
         steps: list[int] = []
         peak, stop, job = 0, threading.Event(), Future[Any]()
         try:
@@ -113,7 +101,8 @@ def page(pipe: Any, args: argparse.Namespace) -> gr.Blocks:
             yield {**nothing, state: note}
             while not job.done() or not peak:
                 wait([job], timeout=0.1)
-                peak = max(peak, psutil.Process().memory_info().rss)
+                if job.running() or job.done():  # else the clip before has not ended
+                    peak = max(peak, psutil.Process().memory_info().rss)
                 done, of = len(steps), settings["steps"]
                 doing = f"step {done} of {of}" if done < of else "decoding"
                 bar = f'<div class="bar"><div style="width: {100 * done / of:.0f}%"></div></div>'
@@ -141,12 +130,12 @@ def page(pipe: Any, args: argparse.Namespace) -> gr.Blocks:
         }
 
     with gr.Blocks(title="LiteFocus: long clips of sound from text", analytics_enabled=False) as blocks:
-        gr.Markdown(ABOUT + (SMALL if args.model == str(_cli.EMBEDDED) else ""))
+        gr.Markdown(f"# LiteFocus\n\n{ABOUT}{SMALL if args.model == str(_cli.EMBEDDED) else ''}")
         with gr.Row():
             with gr.Column(scale=2):
                 prompt = gr.Textbox(_cli.PROMPT, label="prompt", placeholder="what should sound")
                 gr.Examples([[text] for text in PROMPTS], prompt, label="for example")
-                seconds = gr.Slider(1, max(600, args.seconds), args.seconds, step=1, label="seconds")
+                seconds = gr.Slider(min(1, args.seconds), max(600, args.seconds), args.seconds, step=1, label="seconds")
                 with gr.Accordion("advanced", open=False), gr.Row():
                     steps = gr.Number(args.steps, label="steps", precision=0, min_width=90)
                     guidance = gr.Number(args.guidance, label="guidance", min_width=90)
@@ -162,7 +151,8 @@ def page(pipe: Any, args: argparse.Namespace) -> gr.Blocks:
                     plot = gr.Plot(show_label=False, container=False)
         wanted, changed = [prompt, seconds, steps, guidance, seed], [state, result, figures, audio, plot]
         events = gr.on([go.click, prompt.submit], make, wanted, changed, show_progress_on=state)
-        cancel.click(lambda: "Cancelled.", None, state, cancels=events, queue=False, show_progress="hidden")
+        cancel.click(None, cancels=events)  # after which `events` has failed; an error is shown by `make` itself
+        events.failure(lambda: "Cancelled.", None, state, queue=False, show_progress="hidden")
     return blocks
 
 

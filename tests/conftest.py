@@ -1,7 +1,10 @@
 """What all tests share: threads, signals, and the devices that tests of arithmetic run on."""
 
 import os
+import shutil
 import signal
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +25,22 @@ OTHER_DEVICE = os.environ.get("LITEFOCUS_TEST_DEVICE", "cuda" if torch.cuda.is_a
 def device(request: pytest.FixtureRequest) -> torch.device:
     """A CPU, and then the GPU where there is one. Random numbers are drawn and references computed on the CPU."""
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium without a window, driven by playwright, whose event loop is gone after the module."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no browser: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    quiet = ("gpu", "quic", "background-networking", "component-update", "sync")
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
+        chromium = playwright.chromium.launch(executable_path=path, args=arguments)
+        yield chromium
+        chromium.close()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

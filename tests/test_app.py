@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,16 +20,14 @@ import generate
 import numpy as np
 import pytest
 import soundfile
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 APP = Path(__file__).parents[1] / "examples" / "app.py"
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-QUIET = ["gpu", "quic", "background-networking", "component-update", "sync"]
 SETTINGS = ["--seconds", "2", "--steps", "4", "--seed", "3"]
 ENDLESS = "1000"  # steps of a clip that others wait for
 DESK, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
-TIMEOUT = 25_000  # milliseconds, for a busy machine
+TIMEOUT = 120_000  # milliseconds, for a busy machine
 expect.set_options(timeout=TIMEOUT)
 
 
@@ -64,17 +61,6 @@ def server() -> Iterator[SimpleNamespace]:
             yield SimpleNamespace(url=f"http://127.0.0.1:{port}", lines=lines, process=process)
         finally:
             process.kill()  # harmless once it has ended
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if BROWSER is None:
-        pytest.skip("no browser: apt-get install chromium")
-    with sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in QUIET)]
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=arguments)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -210,6 +196,7 @@ def test_the_page_shows_what_it_can_do(size: dict[str, int], visit: Any) -> None
     assert page.title() == "LiteFocus: long clips of sound from text"
     expect(page.get_by_role("heading", name="LiteFocus")).to_be_visible()
     expect(page.get_by_text("get a clip of up to ten minutes")).to_be_visible()
+    expect(page.get_by_text("it knows kick drum, snare drum, cymbal, tom drum, tabla, drone")).to_be_visible()
     expect(page.get_by_label("steps")).not_to_be_visible()
     page.get_by_role("button", name="advanced").click()
     for name, value in (("steps", "4"), ("guidance", "5"), ("seed", "3")):
@@ -218,7 +205,7 @@ def test_the_page_shows_what_it_can_do(size: dict[str, int], visit: Any) -> None
     expect(page.get_by_label("prompt").first).to_have_value("a medium breakbeat")
 
     ask(page, "a slow <mermaid> bell $x", steps="2")
-    expect(page.get_by_text("does not know <mermaid>, $x. It knows kick drum, snare drum")).to_be_visible()
+    expect(page.get_by_text("does not know: <mermaid>, $x")).to_be_visible()
     expect(page.locator(".prompt")).to_have_text("a slow <mermaid> bell $x")
     expect(page.get_by_alt_text("plot")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
