@@ -98,7 +98,7 @@ def page(pipe: Any, args: argparse.Namespace) -> gr.Blocks:
         peak, stop, job = 0, threading.Event(), Future[Any]()
         try:
             threading.Thread(target=work, args=(settings, steps, stop, job)).start()
-            yield {**nothing, state: note}
+            yield {**nothing, state: f"<b>{escape(prompt)}</b>: starting{note}"}
             while not job.done() or not peak:
                 wait([job], timeout=0.1)
                 if job.running() or job.done():  # else the clip before has not ended
