@@ -77,7 +77,7 @@ def test_a_speed_up_above_the_bound_comes_with_the_reason() -> None:
 
 def test_words_outside_of_the_vocabulary_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     generate.main(["a slow zither", "--seconds", "1", "--steps", "1", "--output", str(tmp_path / "a.wav")])
-    assert "not in this model's vocabulary" in capsys.readouterr().err
+    assert "note: words that this model does not know: zither\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
