@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
+import ctypes
 import errno
 import functools
 import importlib.util
@@ -381,6 +382,16 @@ def peak_memory() -> str:
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB of memory at most"
 
 
+def forget_peak() -> None:
+    """What is measured next is of the next clip: without the highest so far, and what the C library has kept of it."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # glibc has it
+
+
 def speed_up(dense: Sequence[float], patched: Sequence[float], bound: float) -> str:
     """A line about how much faster the patched pipeline was; a figure above the bound comes with the reason.
 
@@ -440,21 +451,46 @@ def save_sound(path: Path, samples: Any, rate: int) -> None:
     save(path, lambda whole: whole.write_bytes(buffer.getbuffer()))
 
 
-def spectrograms(clips: Mapping[str, Any], rate: int) -> Any:
-    """A matplotlib figure with a spectrogram for every clip, over seconds and Hz."""
+def mel(hertz: Any) -> Any:
+    """Frequencies on the mel scale."""
+    import numpy as np
+
+    return 2595 * np.log10(1 + np.asarray(hertz) / 700)
+
+
+def mel_levels(clip: Any, rate: int) -> Any:
+    """Levels in dB of a clip, (96 rows of mel up to half the rate, at most 800 columns of time)."""
     import numpy as np
     from matplotlib import mlab
+
+    window = min(1024, len(clip))
+    power, frequencies, _ = mlab.specgram(clip, NFFT=window, Fs=rate, noverlap=window - min(window, 256))
+    rows = np.searchsorted(mel(frequencies), np.linspace(0, mel(rate / 2), 97)[:-1])
+    columns = np.unique(np.linspace(0, power.shape[1], 801, dtype=int)[:-1])
+    for axis, starts in enumerate((rows, columns)):  # means of the bins of a row, and of the windows of a column
+        counts = np.maximum(np.diff(starts, append=power.shape[axis]), 1)
+        power = np.add.reduceat(power, starts, axis=axis) / np.expand_dims(counts, 1 - axis)
+    return 10 * np.log10(power + 1e-12)
+
+
+LEVELS = {"vmin": -105, "vmax": -40, "cmap": "magma", "origin": "lower"}  # of their colours, in dB
+
+
+def spectrograms(clips: Mapping[str, Any], rate: int, size: tuple[float, float] = (12, 3)) -> Any:
+    """A matplotlib figure with a spectrogram of `size` inches for every clip, over seconds and mel."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3 * len(clips)), layout="constrained")
+    figure = Figure(figsize=(size[0], size[1] * len(clips)), layout="constrained")
     FigureCanvasAgg(figure)
+    ticks = [hertz for hertz in (0, 500, 1000, 2000, 4000, 8000, 16000) if hertz <= rate / 2]
     every = figure.subplots(len(clips), sharex=True, squeeze=False)[:, 0]
     for axes, (title, clip) in zip(every, clips.items(), strict=True):
-        power, frequencies, times = mlab.specgram(clip, NFFT=1024, Fs=rate, noverlap=512)
-        level = {"vmin": -110, "vmax": -30, "cmap": "cividis", "rasterized": True}
-        picture = axes.pcolormesh(times, frequencies, 10 * np.log10(power + 1e-12), **level)
-        axes.set(title=title, ylabel="frequency (Hz)", xlabel="time (s)")
+        extent = (0, len(clip) / rate, 0, mel(rate / 2))
+        picture = axes.imshow(mel_levels(clip, rate), extent=extent, aspect="auto", **LEVELS)
+        axes.set_title(title, parse_math=False, wrap=True)  # a prompt may hold a $
+        axes.set_yticks(mel(ticks), [f"{hertz:,}" for hertz in ticks])
+        axes.set(ylabel="frequency (Hz)", xlabel="time (s)")
         axes.label_outer()
         figure.colorbar(picture, ax=axes, label="dB")
     return figure

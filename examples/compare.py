@@ -1,11 +1,12 @@
 """Your checkpoint, your prompts: dense attention, LiteFocus, the paper's settings, time tiles and token merging.
 
     python examples/compare.py                              # the embedded pipeline, in under five minutes
+    python examples/compare.py "a slow bell" "a fast tom drum" --seconds 10
     python examples/compare.py --model cvssp/audioldm2 --prompts prompts.txt --seconds 10 40 80 --steps 200
     python examples/compare.py --prompts prompts.txt --reference recordings --embedder my_package:embed
 
-PROMPTS has one prompt a line. Every method gets the same prompts and the same noise. `litefocus` has the settings that
-the options of attention give, which are the defaults. For every length a table:
+Prompts come first, or one a line in a file. Every method gets the same prompts and the same noise. `litefocus` has the
+settings that the options of attention give, which are the defaults. For every length a table:
 
 `time`, of one generation, text to sound: seconds of the CPU, with a GPU of the clock; the median over prompts, methods
 alternating. `speed-up`: dense attention's time over it; `at most`: the same for the arithmetic of the UNet alone.
@@ -18,13 +19,14 @@ An embedder is `module:callable`, found from the working directory too. It is ca
 sampling_rate) with mono waveforms (batch, samples), a float32 array, and returns (batch, features). The embedded one
 knows twelve small synthetic classes and says little about other sounds.
 
-Writes NAME.json, NAME.png (error against cost), the clips as wavs into the folder NAME, and NAME.html to hear them side
-by side; after every length, with those before it.
+Writes NAME.html, one page with all of it to hear, see and send on; NAME.json; NAME.png (error against cost); and the
+clips as wavs into the folder NAME; after every length, with those before it.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import importlib.util
 import json
@@ -32,15 +34,16 @@ import math
 import pkgutil
 import platform
 import statistics
+import string
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from datetime import date
 from html import escape
+from io import BytesIO
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import _cli
 
@@ -60,9 +63,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = _cli.Parser(__doc__, conflict_handler="resolve")  # several lengths where the others have one
     parser.set_defaults(steps=5)
     add = parser.add_argument
-    add("--prompts", type=Path, metavar="FILE", help=f"one a line (default: {', '.join(PROMPTS)})")
+    add("texts", nargs="*", metavar="PROMPT", help=f"what should sound (default: {', '.join(PROMPTS)})")
+    add("--prompts", type=Path, metavar="FILE", help="prompts, one a line")
     lengths = {"dest": "lengths", "nargs": "+", "type": float, "metavar": "S"}
-    add("--seconds", **lengths, default=[10.0, 20.0, 40.0], help="lengths of clips (default: 10 20 40)")
+    add("--seconds", **lengths, default=[10.0, 30.0], help="lengths of clips (default: 10 30)")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help="default: all")
     add("--native", type=float, metavar="S", help="length of time tiles (default: 10.24; embedded pipeline: 5.12)")
     add("--reference", type=Path, metavar="FOLDER", help="of wav or flac files, for Fréchet distances")
@@ -81,7 +85,11 @@ def check(args: argparse.Namespace) -> None:
         _cli.check({"seconds": seconds})
     args.lengths = list(dict.fromkeys(args.lengths))
     args.methods = list(dict.fromkeys(["dense", *args.methods]))  # what the others are compared with
-    args.texts = read_prompts(args.prompts)
+    if args.texts and args.prompts:
+        raise ValueError("prompts come from the command line or from a file, not from both")
+    args.texts = list(dict.fromkeys(args.texts or read_prompts(args.prompts)))
+    for text in args.texts:
+        _cli.check({"prompt": text})
     if args.native is None:
         args.native = 5.12 if args.model == str(_cli.EMBEDDED) else NATIVE_FRAMES / FRAMES_PER_SECOND
     for name in ("native", "window"):
@@ -139,6 +147,7 @@ with _cli.interruptible():
     import transformers
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.image import imsave
     from scipy.signal import resample_poly
     from torch import Tensor
     from tqdm import tqdm
@@ -387,7 +396,7 @@ def compare(
     probe = litefocus.probe(pipe, args.config)
     for i, prompt in enumerate(args.texts):
         for name in names:
-            bar.set_postfix_str(f"{seconds:g} s, {name}")
+            bar.set_description(f"{seconds:g} s clips, {name}")
             settings = {"prompt": prompt, "seconds": seconds, "steps": args.steps, "guidance": args.guidance}
             settings["seed"] = args.seed + i + (len(args.texts) if name == OTHER_NOISE else 0)
             # clips from other noise are not timed, so the probe may look on
@@ -422,26 +431,35 @@ def compare(
     return rows, clips
 
 
+COLUMNS = {  # header: what of a row, how, and in words
+    "method": ("method", "{}", "how self-attention is computed"),
+    "time": ("median", "{:.3g} s", "of one generation, text to sound"),
+    "speed-up": ("ratio", "{:.2f}x", "dense time / time"),
+    "at most": ("flop_ratio", "{:.2f}x", "the same for the UNet's arithmetic alone"),
+    "latents": ("distance", "{:.3f}", "relative distance to the dense clip before decoding; 0: the same clip"),
+    "of other noise": ("of_noise", "{:.0%}", "that distance / the distance of an unrelated clip"),
+    "attention": ("attention", "{:.3f}", "relative error of the attention output, mean of the layers"),
+    "worst layer": ("worst", "{:.3f}", "the same in the worst layer"),
+    "Fréchet": ("frechet", "{:.4g}", "squared Fréchet distance to the reference sounds; lower is better"),
+}
+
+
+def cells(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the table of one length."""
+    columns = {name: column for name, column in COLUMNS.items() if name != "Fréchet" or "frechet" in rows[0]}
+    rows = [{**row, "of_noise": row["distance"] / rows[-1]["distance"]} for row in rows]
+    return list(columns), [
+        [how.format(row[of]) if of in row else "" for of, how, _ in columns.values()] for row in rows
+    ]
+
+
 def show(rows: list[Row]) -> str:
     """The table of one length."""
-    columns = {  # header: what of a row, and how
-        "method": ("method", "{}"),
-        "time": ("median", "{:.3g} s"),
-        "speed-up": ("ratio", "{:.2f}x"),
-        "at most": ("flop_ratio", "{:.2f}x"),
-        "latents": ("distance", "{:.3f}"),
-        "of other noise": ("of_noise", "{:.0%}"),
-        "attention": ("attention", "{:.3f}"),
-        "worst layer": ("worst", "{:.3f}"),
-        **({"Fréchet": ("frechet", "{:.4g}")} if "frechet" in rows[0] else {}),
-    }
-    rows = [{**row, "of_noise": row["distance"] / rows[-1]["distance"]} for row in rows]
-    cells = [[form.format(row[name]) if name in row else "" for name, form in columns.values()] for row in rows]
     notes = [f"Note: {note}.\n" for note in rows[0].get("notes", [])]
-    return f"{rows[0]['seconds']:g} s\n\n{_cli.table(columns, cells)}{''.join(notes)}"
+    return f"{rows[0]['seconds']:g} s\n\n{_cli.table(*cells(rows))}{''.join(notes)}"
 
 
-def plot(rows: list[Row], path: Path) -> None:
+def plot(rows: list[Row], path: Path | BytesIO) -> None:
     """Distance of final latents to dense attention's against time, a panel for every length."""
     lengths = list(dict.fromkeys(row["seconds"] for row in rows))
     figure = Figure(figsize=(4.6 * len(lengths), 4.2), layout="constrained")
@@ -456,38 +474,63 @@ def plot(rows: list[Row], path: Path) -> None:
             else:
                 axes.plot(1 / row["ratio"], row["distance"], "o", markersize=9, label=row["method"])
         axes.set(title=f"{seconds:g} s", xlabel="time of a clip (dense: 1)")
-        axes.set_xlim(left=0)
+    every[0].set_xlim(0, 1.1 * max(1 / row["ratio"] for row in rows if "ratio" in row))
     every[0].set_ylabel("distance of final latents to dense\n(relative)")
     figure.legend(*every[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=110)
 
 
-def page(record: Row, folder: str) -> str:
-    """All clips side by side, prompts by methods, with players; `folder` of the wavs as seen from the page."""
-    parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><title>litefocus: side by side</title>",
-        "<style>body{font:15px sans-serif;margin:2em}td,th{padding:.4em .8em;text-align:left;vertical-align:top}"
-        "audio{width:12em}small{font-weight:normal;color:#555}</style>",
-        f"<h1>{escape(record['model'])}</h1><p>{escape(record['measured'])}</p>",
-    ]
-    for seconds in dict.fromkeys(row["seconds"] for row in record["rows"]):
+def data(kind: str, write: Callable[[BytesIO], Any]) -> str:
+    """What `write` writes into a file, as a URI."""
+    write(file := BytesIO())
+    return f"data:{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def player(path: Path, title: str, told: str) -> str:
+    """A clip on the page, with its spectrogram over its time."""
+    clip, rate = soundfile.read(path, dtype="float32")
+    sound = data("audio/flac", lambda file: soundfile.write(file, clip, rate, format="FLAC"))
+    picture = data("image/png", lambda file: imsave(file, _cli.mel_levels(clip, rate), **_cli.LEVELS))
+    marks = [f'<span style="left:{25 * i}%">{i * len(clip) / rate / 4:g} s</span>' for i in range(5)]
+    for hertz in (500, 1000, 2000, 4000):
+        marks.append(f'<b style="bottom:{_cli.mel(hertz) / _cli.mel(rate / 2):.1%}">{hertz} Hz</b>')
+    return (
+        f"<article><div><b>{escape(title)}</b><br>{told}<audio controls preload=metadata src={sound}></audio></div>"
+        f'<figure><img alt="spectrogram" src={picture}>{"".join(marks)}<i></i></figure></article>'
+    )
+
+
+def page(record: Row, folder: Path) -> str:
+    """A page that needs no other file: the plot, and for every length a table and the clips by prompt."""
+    lengths, prompts = list(dict.fromkeys(row["seconds"] for row in record["rows"])), record["prompts"]
+    parts = []
+    for seconds in lengths:
         rows = [row for row in record["rows"] if row["seconds"] == seconds]
-        parts.append(f"<h2>{seconds:g} s</h2><table><tr><th>prompt")
-        for row in rows:
-            speed = f"{row['ratio']:.2f}x, " if "ratio" in row else ""
-            parts.append(f"<th>{escape(row['method'])}<br><small>{speed}latents {row['distance']:.3f}</small>")
-        for i, prompt in enumerate(record["prompts"]):
-            parts.append(f"<tr><th>{escape(prompt)}")
+        header, lines = cells(rows)
+        head = "".join(f"<th>{name}<small>{COLUMNS[name][2]}</small>" for name in header)
+        body = "".join("<tr>" + "".join(f"<td>{cell}" for cell in line) for line in lines)
+        notes = "".join(f"<p><small>{escape(note)}.</small>" for note in rows[0].get("notes", []))
+        parts.append(f"<h2>Clips of {seconds:g} s</h2><div class=wide><table><tr>{head}{body}</table></div>{notes}")
+        for i, prompt in enumerate(prompts):
+            parts.append(f"<h3>{escape(prompt)}, {seconds:g} s</h3>")
             for row in rows:
-                source = quote(f"{folder}/{row['wavs'][i]}")
-                parts.append(f'<td><audio controls preload=none src="{source}"></audio>')
-        parts.append("</table>")
-    return "\n".join([*parts, "</html>\n"])
+                speed = f"{row['ratio']:.2f} times as fast as dense, " if row["method"] in METHODS[1:] else ""
+                far = f"{speed}latents differ from dense by {row['distances'][i]:.3f} of their norm"
+                parts.append(player(folder / row["wavs"][i], row["method"], far if row["method"] != "dense" else ""))
+    words = {name: escape(str(record[name])) for name in ("model", "steps", "measured")}
+    return string.Template(Path(__file__).with_name("_compare.html").read_text(encoding="utf-8")).substitute(
+        words,
+        lengths=f"{', '.join(f'{seconds:g}' for seconds in lengths)} s",
+        prompts=f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}",
+        folder=escape(folder.name),
+        plot=data("image/png", lambda file: plot(record["rows"], file)),
+        body="\n".join(parts),
+    )
 
 
 def write(record: Row, output: Path) -> None:
     """The JSON, the picture and the page, each whole or not at all."""
-    for suffix, text in ((".json", json.dumps(record, indent=1) + "\n"), (".html", page(record, output.name))):
+    for suffix, text in ((".json", json.dumps(record, indent=1) + "\n"), (".html", page(record, output))):
         _cli.save(with_ending(output, suffix), lambda whole, text=text: whole.write_text(text, encoding="utf-8"))
     _cli.save(with_ending(output, ".png"), lambda whole: plot(record["rows"], whole))
 
@@ -524,7 +567,7 @@ def main(argv: list[str] | None = None) -> None:
         record["reference"] = {"folder": str(args.reference), "windows": windows, "seconds": args.window}
         record["embedder"] = {"callable": args.embedder, "features": features}
     print(record["measured"] + "\n")
-    with tqdm(total=len(args.lengths) * len(args.texts) * (len(args.methods) + 1), desc="clips") as bar:
+    with tqdm(total=len(args.lengths) * len(args.texts) * (len(args.methods) + 1), desc="clips", unit="clip") as bar:
         for seconds in args.lengths:
             rows, clips = compare(pipe, seconds, embedder, args, bar)
             for row in rows:
@@ -535,7 +578,7 @@ def main(argv: list[str] | None = None) -> None:
             record["rows"] += rows
             write(record, args.output)
             tqdm.write(show(rows))
-    print(f"wrote {args.output}.json, .png and .html, and wavs into {args.output}")
+    print(f"wrote {args.output}.html to hear and see it all, {args.output}.json and .png, and wavs into {args.output}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """What all tests share: threads, signals, and the devices that tests of arithmetic run on."""
 
 import os
+import shutil
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -40,6 +42,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_testnodedown(node: Any, error: Any) -> None:
     """Take over what one of them has counted: all of them collect the same."""
     node.config.stash[SLOW] = getattr(node, "workeroutput", {}).get("slow", 0)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium without a window, driven by playwright, whose event loop is gone after the module."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no browser: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    quiet = ("gpu", "quic", "background-networking", "component-update", "sync")
+    with sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
+        chromium = playwright.chromium.launch(executable_path=path, args=arguments)
+        yield chromium
+        chromium.close()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import _cli
 import generate
@@ -179,3 +180,31 @@ def test_help_and_mistakes_are_answered_before_torch_is_imported(script: str, tm
         assert done.returncode == code, done.stderr
         assert "imported too early" not in done.stdout + done.stderr
         assert "usage: " in done.stdout if code == 0 else "error: " in done.stderr
+
+
+def test_unknown_words_are_named() -> None:
+    pipe = _cli.load_pipeline(str(_cli.EMBEDDED), "cpu")
+    assert _cli.unknown_words(pipe, "A slow bell") == []
+    assert _cli.unknown_words(pipe, "a mermaid, a BELL and a mermaid, loud") == ["mermaid", "loud"]
+    assert [_cli.unknown_words(pipe, f"a slow {sound}") for sound in _cli.SOUNDS] == [[]] * 12
+    assert _cli.unknown_words(SimpleNamespace(), "a mermaid") == []  # AudioLDM has one tokenizer, which knows all
+
+
+@pytest.mark.parametrize(("hertz", "rate", "seconds"), [(440, 16000, 0.5), (1000, 16000, 90), (4000, 48000, 3)])
+def test_spectrograms_are_over_mel(hertz: int, rate: int, seconds: float) -> None:
+    tone = np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate).astype(np.float32)
+    figure = _cli.spectrograms({"a tone of $x": tone}, rate)
+    figure.canvas.draw()  # a $ in a title is no formula
+    axes = figure.axes[0]
+    (picture,) = axes.get_images()
+    levels = picture.get_array()
+    assert levels.shape[0] == 96
+    assert levels.shape[1] <= 800
+    left, right, bottom, top = picture.get_extent()
+    assert (left, right, bottom) == (0, seconds, 0)
+    loudest = levels.mean(axis=1).argmax()
+    assert abs((loudest + 0.5) / 96 * top - 1127.01048 * math.log(1 + hertz / 700)) < 1.5 * top / 96
+    ticks = dict(zip((text.get_text() for text in axes.get_yticklabels()), axes.get_yticks(), strict=True))
+    assert math.isclose(ticks["1,000"], 1000, rel_tol=1e-3)  # mel is so scaled
+    assert ticks["8,000"] - ticks["4,000"] < 4 * (ticks["1,000"] - ticks["500"])
+    assert axes.get_ylabel() == "frequency (Hz)"

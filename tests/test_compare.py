@@ -1,5 +1,7 @@
 """The comparison on a checkpoint of one's own: a small run of all of it, its arithmetic, and what it refuses."""
 
+import base64
+import io
 import json
 import re
 import sys
@@ -8,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import unquote
 
 import compare
 import numpy as np
@@ -85,17 +86,26 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("compare")
     fill(folder)
     printed: list[str] = []
+    progress = io.StringIO()
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(sys, "path", [*sys.path])
         patched.chdir(folder)
         patched.setattr("builtins.print", lambda *texts, **_: printed.extend(map(str, texts)))
         patched.setattr(compare.tqdm, "write", printed.append)
+        patched.setattr(sys, "stderr", progress)
         arguments = ["--prompts", "prompts.txt", "--seconds", *map(str, LENGTHS), "--steps", str(STEPS), "--seed", "5"]
         heard = ["--reference", "sounds", "--embedder", "own_ears:embed", "--window", str(WINDOW)]
         compare.main([*arguments, *heard, "--native", "0.6", "--min-sampled", "4", "--output", "o.1"])
         calls = sys.modules.pop("own_ears").calls
     record = json.loads((folder / "o.1.json").read_text())
-    return SimpleNamespace(folder=folder, calls=calls, printed="\n".join(printed), record=record, rows=record["rows"])
+    return SimpleNamespace(
+        folder=folder,
+        calls=calls,
+        printed="\n".join(printed),
+        record=record,
+        rows=record["rows"],
+        progress=progress.getvalue(),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -194,19 +204,90 @@ def test_frechet_distances_are_of_generated_and_reference_windows(run) -> None:
     assert of(run.rows, 1.5, "dense")["notes"] == []
 
 
-def test_the_page_plays_every_wav_and_every_wav_has_its_length(run) -> None:
+def test_the_page_holds_every_wav_and_every_wav_has_its_length(run) -> None:
     page = (run.folder / "o.1.html").read_text()
-    sources = [unquote(source) for source in re.findall(r'<audio [^>]*src="([^"]+)"', page)]
-    assert len(sources) == len(set(sources)) == len(run.rows) * len(TEXTS)
-    assert set(sources) == {f"o.1/{path.name}" for path in (run.folder / "o.1").iterdir()}
+    sounds = re.findall(r"<audio [^>]*src=data:audio/flac;base64,([^ >]+)>", page)
+    names = [row["wavs"][i] for s in LENGTHS for i in range(len(TEXTS)) for row in run.rows if row["seconds"] == s]
+    assert len(set(names)) == len(run.rows) * len(TEXTS)
+    assert set(names) == {path.name for path in (run.folder / "o.1").iterdir()}
+    for name, sound in zip(names, sounds, strict=True):
+        played, rate = soundfile.read(io.BytesIO(base64.b64decode(sound)), dtype="int16")
+        assert rate == RATE
+        assert np.array_equal(played, soundfile.read(run.folder / "o.1" / name, dtype="int16")[0])
     for row in run.rows:
         for name in row["wavs"]:
             info = soundfile.info(run.folder / "o.1" / name)
             assert (info.samplerate, info.frames) == (RATE, row["seconds"] * RATE)
-    assert "a slow &lt;drone&gt; &amp; &quot;more&quot;" in page
-    assert "<drone>" not in page
-    assert "http" not in page
+    pictures = re.findall(r"data:image/png;base64,([^ >\"]+)", page)
+    assert len(pictures) == 1 + len(sounds)
+    assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
     assert (run.folder / "o.1.png").read_bytes().startswith(b"\x89PNG")
+    without = re.sub(r"base64,[^ >\"]+", "", page)
+    assert not re.search(r"http|<link|url\(|src=[^d\"]|src=\"[^d]", without)  # it needs no other file
+
+
+def test_the_page_says_what_was_compared_and_what_figures_mean(run) -> None:
+    page = re.sub(r"base64,[^ >\"]+", "", (run.folder / "o.1.html").read_text())
+    assert "made clips of 1, 1.5 s in 2 steps, from 2 prompts" in " ".join(page.split())
+    assert page.count("a slow &lt;drone&gt; &amp; &quot;more&quot;") == len(LENGTHS)
+    assert "<drone>" not in page
+    assert "$" not in page
+    for row in run.rows:
+        of_noise = row["distance"] / of(run.rows, row["seconds"], "other noise")["distance"]
+        line = f"<td>{row['distance']:.3f}<td>{of_noise:.0%}"
+        assert re.search(rf"<tr><td>{row['method']}<td>.*?{re.escape(line)}", page)
+        if row["method"] != "dense":
+            assert all(f"latents differ from dense by {far:.3f} of their norm" in page for far in row["distances"])
+    heads = re.findall(r"<th>([^<]+)<small>([^<]+)</small>", page)
+    assert [name for name, words in heads if len(words) > 10] == 2 * list(compare.COLUMNS)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_players_can_be_used(width: int, run, browser) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    page.goto((run.folder / "o.1.html").as_uri())
+    page.wait_for_function("[...document.querySelectorAll('audio')].every(sound => sound.readyState >= 1)")
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    found = page.locator("article").evaluate_all(
+        "all => all.map(one => [one.querySelector('audio').duration, one.querySelector('audio').clientWidth,"
+        " one.querySelector('figure').clientWidth, one.querySelector('figure span:last-of-type').textContent])"
+    )
+    assert [(duration, end) for duration, _, _, end in found] == [
+        (s, f"{s:g} s") for s in LENGTHS for _ in range(6 * len(TEXTS))
+    ]
+    assert min(player for _, player, _, _ in found) >= 300
+    assert len({picture for _, _, picture, _ in found}) == 1  # one time axis
+    assert found[0][2] > (800 if width > 1000 else 300)
+
+    first, second = (page.locator("article").nth(i) for i in (0, 1))
+    for clip in (first, second):
+        clip.locator("figure").click(position={"x": 0.8 * found[0][2], "y": 40})
+        at = "clip => clip.querySelector('audio').currentTime >= 0.79 * clip.querySelector('audio').duration"
+        assert clip.evaluate(at)
+    assert first.locator("audio").evaluate("sound => sound.paused")
+    page.close()
+
+
+def test_one_labelled_progress_bar(run) -> None:
+    shown = [line for line in re.split(r"[\r\n]+", run.progress) if "%|" in line]
+    total = len(run.rows) * len(TEXTS)
+    assert {re.search(r"/(\d+) \[", line)[1] for line in shown} == {str(total)}
+    assert {re.match(r"(.*?): +\d+%", line)[1] for line in shown} == {
+        "clips",
+        *(f"{row['seconds']:g} s clips, {row['method']}" for row in run.rows),
+    }
+
+
+def test_prompts_of_the_command_line(own: Path) -> None:
+    assert compare.parse(["a slow bell", "a drone", "--seconds", "1"]).texts == ["a slow bell", "a drone"]
+    assert compare.parse(["--prompts", "prompts.txt"]).texts == list(TEXTS)
+    assert compare.parse([]).texts == list(compare.PROMPTS)
+
+
+def test_the_default_run_is_short() -> None:
+    """Under five minutes on two cores: 2,400 s of sound times steps took 118 s of CPU, on one thread."""
+    args = compare.parse([])
+    assert sum(args.lengths) * len(args.texts) * (len(args.methods) + 1) * args.steps <= 3000
 
 
 def test_the_frechet_distance_against_the_root_of_a_matrix() -> None:
@@ -277,6 +358,8 @@ REFERENCE = ["--reference", "sounds", "--seconds", "1", "--window", "0.5"]
     ("arguments", "message"),
     [
         (REFERENCE, "hears windows of at least 1 s at 16000 Hz, got 8000 samples at 16000 Hz"),
+        (["a bell", "--prompts", "prompts.txt"], "prompts come from the command line or from a file, not from both"),
+        ([" "], "prompt must be text, and not empty, got ' '"),
         (["--prompts", "missing.txt"], "No such file or directory: 'missing.txt'"),
         (["--prompts", "blank.txt"], "blank.txt holds no prompt"),
         (["--seconds", "10", "0"], "seconds must be a number between 0.5 and 3600, got 0.0"),
