@@ -115,10 +115,7 @@ def read_prompts(path: Path | None) -> list[str]:
     """The lines that are not empty. Raises ValueError for a file without."""
     if path is None:
         return list(PROMPTS)
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt")
-    return prompts
+    return [text for _, text in _cli.read_lines(path)]
 
 
 def find_sounds(folder: Path) -> list[Path]:
@@ -518,7 +515,7 @@ def page(record: Row, folder: Path) -> str:
                 far = f"{speed}latents differ from dense by {row['distances'][i]:.3f} of their norm"
                 parts.append(player(folder / row["wavs"][i], row["method"], far if row["method"] != "dense" else ""))
     words = {name: escape(str(record[name])) for name in ("model", "steps", "measured")}
-    return string.Template(Path(__file__).with_name("_compare.html").read_text(encoding="utf-8")).substitute(
+    return string.Template((Path(_cli.__file__).parent / "compare.html").read_text(encoding="utf-8")).substitute(
         words,
         lengths=f"{', '.join(f'{seconds:g}' for seconds in lengths)} s",
         prompts=f"{len(prompts)} prompt{'s' * (len(prompts) > 1)}",

@@ -32,7 +32,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NoReturn
 
-EMBEDDED = Path(__file__).parent / "embedded" / "pipeline"
+EMBEDDED = Path(__file__).parents[1] / "embedded" / "pipeline"
 PROMPT = "a fast tabla rhythm"
 # what the embedded pipeline was trained on
 SOUNDS = ("kick drum", "snare drum", "cymbal", "tom drum", "tabla", "drone", "bass line", "guitar phrase", "bell")
