@@ -97,8 +97,8 @@ def test_in_a_notebook(pipe) -> None:
         ({}, 600, None),
         ({"time_window": None}, 20, None),
         ({"time_window": None}, 600, "grows with the square of the length; leave time_window at its default of 512"),
-        ({"far_sampled": 0}, 600, "a time window alone attends to nothing of the rest of the clip"),
-        ({"reweight": False}, 600, "a time window alone attends to nothing of the rest of the clip"),
+        ({"far_sampled": 0}, 600, "with far_sampled=0 a query attends to nothing outside of its time window"),
+        ({"reweight": False}, 600, "without reweight, sampled keys weigh too little; leave it on"),
         ({}, 36000, "litefocus.tile_decoding(pipe) decodes in the memory of one tile"),
     ],
 )
@@ -119,7 +119,9 @@ def test_status_of_a_bare_unet_does_not_guess() -> None:
     assert {layer.freq_bins for layer in litefocus.status(unet).layers} == {None}
     litefocus.patch(unet, freq_bins=16)
     assert {layer.freq_bins for layer in litefocus.status(unet).layers} == {8, 4, 2}
-    with pytest.raises(ValueError, match="pass the whole pipeline to status"):
+    with pytest.raises(
+        ValueError, match="does not say how many latent frames a second has, so status takes no seconds"
+    ):
         litefocus.status(unet, seconds=10)
 
 

@@ -39,6 +39,7 @@ class TangoVAE(nn.Module):
         parts = shared_parts()
         self.inner, self.vocoder = parts["vae"], parts["vocoder"]
         self.encoder = self.inner.encoder
+        self.decoder = types.SimpleNamespace(up=[types.SimpleNamespace(block=self.inner.decoder.up_blocks[-1].resnets)])
         self.encoder.num_resolutions = len(self.inner.config.block_out_channels)
         config = self.vocoder.config
         self.vocoder.h = types.SimpleNamespace(
