@@ -222,6 +222,8 @@ class Probe(Table):
         if not focus[given]:
             return f"{given}: dense in all layers at this length"
         best = given if mean[given] <= CLOSE else min(mean, key=lambda name: mean[name])
+        if not focus[best]:
+            return f"{best}: dense in all layers at this length, so nothing is lost and nothing gained"
         worst = max(rows, key=lambda row: row.errors[best])
         found = f"{best}: {mean[best]:.0%} from dense on average, at most {worst.errors[best]:.0%} ({worst.name})"
         if mean[best] <= CLOSE:

@@ -187,6 +187,7 @@ def test_a_running_clip_is_cancelled_and_the_next_begins(visit: Any, server: Sim
     assert "Traceback" not in "".join(server.lines)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_clip(visit: Any) -> None:
     page = visit()
     peaks = []

@@ -82,7 +82,8 @@ class CountUNets:
         ("AudioLDM", WEIGHTED, False, None),
         ("AudioLDM", PAPER, True, None),
         ("AudioLDM", WEIGHTED, True, True),
-        ("AudioLDM 2", WEIGHTED, True, None),  # twice as long to compile, through the same layers
+        # twice as long to compile, through the same layers
+        pytest.param("AudioLDM 2", WEIGHTED, True, None, marks=pytest.mark.slow),
     ],
     ids=["patched, then compiled", "run, then compiled", "run, then compiled with dynamic shapes", "AudioLDM 2"],
     indirect=["unet"],
@@ -101,6 +102,7 @@ def test_compiles_without_a_graph_break(unet, config, warm, dynamic) -> None:
     assert backend.hooks <= len(LENGTHS)
 
 
+@pytest.mark.parametrize("unet", ["AudioLDM"], indirect=True)
 def test_patches_and_unpatches_what_is_compiled_already(unet) -> None:
     dense = step(unet, 32)
     compiled = torch.compile(unet, fullgraph=True, backend="eager")

@@ -229,7 +229,7 @@ def test_prints_a_table() -> None:
     assert "nothing measured yet" in repr(probe)
     with probe:
         unet(tokens_that_tell(0))
-    errors = [f"{off(math.e, 0.25):.1%}", "0.0%", f"{off(math.e, 0.125):.1%}", "0.0%", "0.0%"]
+    errors = [f"{off(math.e, 0.25):.1%}", "dense", f"{off(math.e, 0.125):.1%}", "dense", "dense"]
     cells = ["8", "1", "8", *errors, "28.0%", "12.5%", "46.0%", "34.4%", "100.0%", "100.0%"]
     assert repr(probe).splitlines()[-1].split() == cells
     assert probe.advice in repr(probe)

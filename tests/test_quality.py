@@ -215,6 +215,7 @@ def test_beat_and_drift_of_made_up_spectrograms() -> None:
     assert heard.halves[2].var(axis=0).sum() > 5 * heard.halves[0].var(axis=0).sum()
 
 
+@pytest.mark.slow
 def test_the_whole_evaluation_runs_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys) -> None:
     rng = np.random.default_rng(3)
     samples = tmp_path / "samples"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import litefocus
 from litefocus import LiteFocusConfig
 
-SCRIPT = Path(_cli.__file__).with_name("tango.py")
+SCRIPT = Path(_cli.__file__).parents[1] / "tango.py"
 WIDTH = 16  # of the embeddings
 
 

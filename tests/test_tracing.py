@@ -196,6 +196,7 @@ def test_a_saved_graph_is_the_same_after_loading(reloaded, kind: type[nn.Module]
         torch.testing.assert_close(loaded(*model.inputs), eager(*model.inputs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 @torch.no_grad()
 def test_ahead_of_time(tmp_path: Path) -> None:
