@@ -255,6 +255,16 @@ def test_half_precision(small, latents, dtype) -> None:
     torch.testing.assert_close(waves, voiced(small, mels), atol=1e-2 * float(waves.abs().max()), rtol=0)
 
 
+def test_gradients_of_the_decoders_weights_are_those_of_the_whole_clip(small, latents) -> None:
+    def gradient() -> Tensor:
+        weight = small.vae.decoder.conv_in.weight
+        return torch.autograd.grad(small.vae.decode(latents).sample.square().mean(), weight)[0]
+
+    whole = gradient()
+    litefocus.tile_decoding(small, seconds=1, overlap=0.2)
+    assert torch.equal(gradient(), whole)
+
+
 def test_gradients_are_those_of_the_whole_clip(small, latents) -> None:
     def gradient() -> Tensor:
         x = latents.clone().requires_grad_()

@@ -61,6 +61,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 
 import litefocus
 from litefocus import LiteFocusAttnProcessor, LiteFocusConfig
+from litefocus._layers import named_modules
 
 MAKERS = {"diffusers": two_levels, "authors": authors_unet}
 both_kinds = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
@@ -836,3 +837,9 @@ def test_the_authors_layers_hand_on_what_is_not_self_attention() -> None:
     run(unet)
     assert torch.equal(layer(x, text(1).repeat(1, 1, 3)[..., :32]), expected[0])
     assert torch.equal(layer(x, mask=torch.ones(1, FRAMES * 16) > 0), expected[1])
+
+
+def test_a_child_called_module_among_others_is_no_wrapper() -> None:
+    block = torch.nn.ModuleDict({"module": torch.nn.Identity(), "attn": torch.nn.Identity()})
+    assert [name for name, _ in named_modules(block, "block")] == ["block", "block.module", "block.attn"]
+    assert [name for name, _ in named_modules(torch.nn.ModuleDict({"module": block}), "block")][1] == "block.module"

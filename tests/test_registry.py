@@ -282,3 +282,13 @@ def test_the_processors_are_the_same_objects_afterwards() -> None:
     litefocus.unpatch(unet)
     assert all(unet.attn_processors[name] is processor for name, processor in before.items())
     assert_off(unet)
+
+
+def test_a_handle_that_is_removed_inside_of_its_block_takes_with_it_what_the_block_had_inside() -> None:
+    unet = small_unet()
+    with patch(unet, 1) as handle:
+        patch(unet, 2)
+        handle.remove()
+        assert_off(unet)
+    assert_off(unet)
+    assert not leftovers(unet)
