@@ -208,7 +208,9 @@ def test_refuses_shapes_that_do_not_fit() -> None:
     q, k, v = qkv(1, 1, 24, 4)
     focus = focus_set(6, 4, LiteFocusConfig.paper())
     for bad in [(q[0], k, v), (q, k[:, :, :12], v), (q, k, v[:, :, :12])]:
-        with pytest.raises(ValueError, match=r"must be \(batch, heads, tokens, head_dim\) of equal shape, got"):
+        with pytest.raises(
+            ValueError, match=r"must be \(batch, heads, tokens, head_dim\) of equal shape, and value .*; got"
+        ):
             focus_attention(*bad, focus)
 
 
