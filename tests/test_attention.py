@@ -209,7 +209,7 @@ def test_refuses_shapes_that_do_not_fit() -> None:
     focus = focus_set(6, 4, LiteFocusConfig.paper())
     for bad in [(q[0], k, v), (q, k[:, :, :12], v), (q, k, v[:, :, :12])]:
         with pytest.raises(
-            ValueError, match=r"must be \(batch, heads, tokens, head_dim\) of equal shape, and value .*; got"
+            ValueError, match=r"must be \(batch, heads, tokens, head_dim\) of equal shape, .*; got"
         ):
             focus_attention(*bad, focus)
 

@@ -297,7 +297,7 @@ def test_a_forgotten_frequency_axis_is_an_error(options: dict[str, Any]) -> None
     """Of a square latent, as Riffusion's, no call could tell it."""
     pipe = image_pipeline()
     message = (
-        r'StableDiffusionPipeline makes pictures; .* Riffusion.* Auffusion.*, pass freq_axis="height", else pass the'
+        r'StableDiffusionPipeline makes pictures; .* Riffusion.* Auffusion.*, pass freq_axis="height", else'
     )
     with pytest.raises(ValueError, match=message):
         litefocus.patch(pipe, **options)
