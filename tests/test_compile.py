@@ -81,7 +81,7 @@ class CountUNets:
     [
         ("AudioLDM", WEIGHTED, False, None),
         ("AudioLDM", PAPER, True, None),
-        ("AudioLDM", WEIGHTED, True, True),
+        pytest.param("AudioLDM", WEIGHTED, True, True, marks=pytest.mark.slow),
         # twice as long to compile, through the same layers
         pytest.param("AudioLDM 2", WEIGHTED, True, None, marks=pytest.mark.slow),
     ],

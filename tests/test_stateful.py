@@ -440,7 +440,7 @@ def explore(machine: type[RuleBasedStateMachine], examples: int, steps: int) -> 
 
 @pytest.mark.filterwarnings("ignore:.*stay dense and run their own code")
 def test_sequences() -> None:
-    explore(Sequences, examples=60, steps=25)
+    explore(Sequences, examples=45, steps=25)
 
 
 @pytest.mark.filterwarnings("ignore:.*stay dense and run their own code")
