@@ -12,7 +12,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
 from support.authors import VARIANTS, cross_attention, original_unet, run_original
 from support.oracle import Grids, biased_attention, install_oracle
@@ -302,3 +302,37 @@ def test_a_forgotten_frequency_axis_is_an_error(options: dict[str, Any]) -> None
     litefocus.patch(pipe.unet, freq_bins=12)  # the UNet alone may lie otherwise, which its call tells
     with pytest.raises(ValueError, match=r'\(frequency, time\) is freq_axis="height", freq_bins=32'):
         latent(pipe, 32, 16)
+
+
+class AttentionStore:
+    """A processor in the manner of prompt-to-prompt editing, which attends and keeps what it sees."""
+
+    def __call__(self, attn: Any, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = AttnProcessor2_0()(attn, *args, **kwargs)
+        return output
+
+
+def layers_of(unet: nn.Module) -> list[Attention]:
+    return [module for module in unet.modules() if isinstance(module, Attention)]
+
+
+class EditingPipeline(StableDiffusionPipeline):
+    """As Auffusion's prompt-to-prompt pipeline: it installs its processors at the start of every call."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for layer in layers_of(self.unet):
+            layer.set_processor(AttentionStore())
+        return super().__call__(*args, **kwargs)
+
+
+def test_a_client_that_installs_processors_at_every_call_undoes_the_patch_and_status_says_so() -> None:
+    pipe = image_pipeline()
+    litefocus.patch(pipe, ALL, freq_axis="height")
+    focused = latent(pipe, 32, 16)
+    pipe.__class__ = EditingPipeline
+    assert {layer.state for layer in litefocus.status(pipe).layers} == {"focus"}
+    assert (latent(pipe, 32, 16) - focused).abs().max() > 1e-3
+    states = {layer.state for layer in litefocus.status(pipe).layers}
+    assert states == {"not reached by the last call; its processor is AttentionStore"}
+    litefocus.unpatch(pipe)
+    assert all(isinstance(layer.processor, AttentionStore) for layer in layers_of(pipe.unet))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -198,6 +199,29 @@ def test_a_saved_pipeline_loads_clean(pipe: Any, tmp_path: Any) -> None:
     loaded.set_progress_bar_config(disable=True)
     assert litefocus.status(loaded).config is None
     assert_same_audio(generate(loaded), dense)
+
+
+def test_two_pipelines_in_two_threads(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hand_in(monkeypatch, num_samples=4)  # each has its own timestep at hand
+    other = copy.deepcopy(pipe)
+    litefocus.patch(pipe, CONFIG)
+    litefocus.patch(other, sparse_ratio=0.05, min_sampled=0, seed=9, min_freq_bins=4)
+    alone = [generate(each, steps=4) for each in (pipe, other)]
+    assert np.abs(alone[0] - alone[1]).max() > 1e-3
+    for each in (pipe, other):  # anew: their threads build the focus sets
+        litefocus.patch(each, litefocus.status(each).config)
+    together: list[Any] = [None, None]
+
+    def run(i: int, each: Any) -> None:
+        together[i] = generate(each, steps=4)
+
+    threads = [threading.Thread(target=run, args=item) for item in enumerate((pipe, other))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert np.array_equal(together[0], alone[0])
+    assert np.array_equal(together[1], alone[1])
 
 
 def test_toggled_halfway_through_20_steps(pipe: Any) -> None:
