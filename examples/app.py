@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import socket
 import sys
 import threading
@@ -97,7 +98,7 @@ def page(pipe: Any, args: argparse.Namespace) -> gr.Blocks:
         steps: list[int] = []
         peak, stop, job = 0, threading.Event(), Future[Any]()
         try:
-            threading.Thread(target=work, args=(settings, steps, stop, job)).start()
+            threading.Thread(target=work, args=(settings, steps, stop, job), name="clip").start()
             yield {**nothing, state: f"<b>{escape(prompt)}</b>: starting{note}"}
             while not job.done() or not peak:
                 wait([job], timeout=0.1)
@@ -165,8 +166,15 @@ def main(argv: list[str] | None = None) -> None:
         page(generate.load(args)[0], args).launch(prevent_thread_lock=True, show_error=True, **options)
     try:
         threading.Event().wait()
-    finally:
+    except KeyboardInterrupt:
         ENDING.set()
+        for thread in threading.enumerate():
+            if thread.name == "clip":
+                thread.join(60)
+        print("\ninterrupted", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)  # threads of the page's server may abort a usual exit
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ def many(pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
     monkeypatch.setattr(generate_many, "load", lambda args: (pipe, None))
 
     def run(prompts: list[str], *options: str) -> int:
-        (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+        file, text = tmp_path / "prompts.txt", "\n".join(prompts)
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
         files = [str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "clips")]
         return generate_many.main([*files, *SETTINGS, *options])
 
@@ -198,6 +200,7 @@ def test_two_runs_on_one_folder_share_the_work(
 
     monkeypatch.setattr(generate_many, "generate", slow)
     prompts = [f"{number} bells" for number in range(20)]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))  # both runs read it
     with concurrent.futures.ThreadPoolExecutor(2) as workers:
         runs = [workers.submit(many, prompts, "--batch-size", str(size)) for size in (1, 2)]
         assert [run.result() for run in runs] == [0, 0]
