@@ -1,5 +1,6 @@
 """examples/app.py as its users see it: in real browsers, without a window, two at once."""
 
+import contextlib
 import io
 import os
 import re
@@ -40,7 +41,13 @@ def pipe_and_settings() -> tuple[Any, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[SimpleNamespace]:
-    """Its address, and the lines that it has printed so far. It is ended by Ctrl-C, while a clip is made or not."""
+    with serving() as one:
+        yield one
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[SimpleNamespace]:
+    """A server: its process, its address, and the lines that it has printed so far."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -220,13 +227,17 @@ def test_the_page_shows_what_it_can_do(size: dict[str, int], visit: Any) -> None
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
-def test_ctrl_c_ends_it_while_a_clip_is_made(visit: Any, server: SimpleNamespace) -> None:
-    page = visit()
-    ask(page, "a slow tabla", steps=ENDLESS)
-    expect(page.get_by_text(re.compile(r"a slow tabla: step [1-9]"))).to_be_visible()
-    server.process.send_signal(signal.SIGINT)
-    assert server.process.wait(60) == 130
-    assert "Traceback" not in "".join(server.lines)
+def test_ctrl_c_ends_it_while_a_clip_is_made(browser: Browser) -> None:
+    with serving() as server:
+        page = browser.new_page()
+        page.set_default_timeout(TIMEOUT)
+        page.goto(server.url, wait_until="domcontentloaded")
+        ask(page, "a slow tabla", steps=ENDLESS)
+        expect(page.get_by_text(re.compile(r"a slow tabla: step [1-9]"))).to_be_visible()
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(60) == 130
+        assert "Traceback" not in "".join(server.lines)
+        page.close()
 
 
 def test_a_port_that_cannot_be_had_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
