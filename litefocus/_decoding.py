@@ -263,12 +263,13 @@ class TiledDecoding(Handle):
 
     def __init__(self, owner: str, tiles: Tiles, *modules: Any) -> None:
         super().__init__(tiles, *modules)
-        self._owner, self._tiles = owner, tiles
+        self._owner = owner
 
     def __repr__(self) -> str:
-        counts = any(current(module, "tiles") is self._tiles for module in self._alive())
+        tiles: Any = self._setting
+        counts = any(current(module, "tiles") is tiles for module in self._alive())
         return (
-            f"<{type(self).__name__} of {self._owner}: tiles of {self._tiles.seconds:g} s + {self._tiles.overlap:g} s "
+            f"<{type(self).__name__} of {self._owner}: tiles of {tiles.seconds:g} s + {tiles.overlap:g} s "
             f"on either side, {'in force' if counts else 'not in force'}>"
         )
 
@@ -292,7 +293,7 @@ class _Tiled:
         call = functools.partial(getattr(type(module), self.method), module) if self.original is None else self.original
         tiles: Tiles | None = current(module, "tiles")
         x = args[0] if args else kwargs.get(self.argument)
-        if tiles is None or x is None or vars(module)["_litefocus_tiled"].get(self.method) is not self:
+        if tiles is None or x is None or vars(module).get("_litefocus_tiled", {}).get(self.method) is not self:
             return call(*args, **kwargs)
         of_vae = self.method == "decode"
         # a graph would keep every tile in memory, and tiles take the moments of group norms as constants
