@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ PLAIN_PROCESSORS = {
 FORWARD_HOOKS = {"accelerate.hooks", "diffusers.hooks.hooks"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layer:
     """A self-attention layer: its path in the UNet, free of every wrapper's name, and the level of its grid."""
 
@@ -147,24 +147,24 @@ def _is_for_encoder(attn: nn.Module, name: str, config: Any) -> bool:
     return bool(getattr(config, "only_cross_attention", False))
 
 
-def layers_to_patch(unet: nn.Module) -> list[Layer]:
-    """All self-attention layers. Raises ValueError if none of them is plain."""
+def layers_to_patch(unet: nn.Module) -> dict[Layer, str | None]:
+    """All self-attention layers, and why one stays dense; None where it does not. Raises ValueError if all do."""
     layers = self_attention_layers(unet)
     nothing = f"no self-attention layer of {type(unet).__name__} can be patched"
     if not layers:
         raise ValueError(f"{nothing}: its down, mid and up blocks hold none that litefocus knows")
-    reasons = [left_dense(layer.attn) for layer in layers]
-    if None not in reasons:
-        raise ValueError(f"{nothing} ({count_reasons(reasons)})")
-    return layers
+    reasons = {layer: _left_dense(layer.attn) for layer in layers}
+    if None not in reasons.values():
+        raise ValueError(f"{nothing} ({count_reasons(reasons.values())})")
+    return reasons
 
 
-def count_reasons(reasons: list[str | None]) -> str:
-    """How many layers are not plain, and why: '2: its processor is X; 1: ...'. Empty if all are."""
+def count_reasons(reasons: Iterable[str | None]) -> str:
+    """How many layers stay dense, and why: '2: its processor is X; 1: ...'. Empty if none does."""
     return "; ".join(f"{count}: {reason}" for reason, count in Counter(filter(None, reasons)).items())
 
 
-def left_dense(attn: Any) -> str | None:
+def _left_dense(attn: Any) -> str | None:
     """Why `patch` leaves a layer dense; None if it does not.
 
     A patched layer that something has wrapped since counts as patched, unless the UNet's last call did not reach it.

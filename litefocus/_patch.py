@@ -11,16 +11,7 @@ from torch import nn
 
 from litefocus._context import Context
 from litefocus._grid import MIN_KEYS_SAVED, NUM_SAMPLES, Grid, halved
-from litefocus._layers import (
-    Layer,
-    count_reasons,
-    install,
-    layers_to_patch,
-    left_dense,
-    patched,
-    self_attention_layers,
-    uninstall,
-)
+from litefocus._layers import count_reasons, install, layers_to_patch, patched, self_attention_layers, uninstall
 from litefocus._probe import probing
 from litefocus._registry import Handle, Setting, clear
 from litefocus._status import Status, status_of
@@ -106,17 +97,23 @@ def patch_with(
     """`patch`, with what only measurements change: see `Grid`."""
     target = resolve(pipe)
     freq_bins = target.check_axes(freq_bins, freq_axis)
-    layers = layers_to_patch(target.unet)
+    reasons = layers_to_patch(target.unet)
     known_bins = target.geometry.freq_bins if target.geometry else freq_bins
     if known_bins is not None:
-        _check_bins(target.unet, layers, config, known_bins)
+        _check_bins(target.unet, [layer.level for layer in reasons], config, known_bins)
     handed_in: dict[str, Any] = {"num_samples": num_samples, "min_keys_saved": min_keys_saved}
     grids = {
         layer.name: Grid(layer.name, level=layer.level, config=config, freq_axis=freq_axis, **handed_in)
-        for layer in layers
+        for layer in reasons
     }
     warn_of_known_problems(pipe, stacklevel + 1)
-    _warn_of_dense_layers(layers, stacklevel + 1)
+    dense = sum(reason is not None for reason in reasons.values())
+    if dense:
+        warnings.warn(
+            f"{dense} of {len(reasons)} self-attention layers stay dense and run their own code "
+            f"({count_reasons(reasons.values())})",
+            stacklevel=stacklevel,
+        )
     return Patch(target, PatchSetting(config, grids, freq_axis, freq_bins, known_bins))
 
 
@@ -236,27 +233,16 @@ class Patch(Handle):
         return repr(self) if found is None else found._repr_html_()
 
 
-def _warn_of_dense_layers(layers: list[Layer], stacklevel: int) -> None:
-    reasons = [left_dense(layer.attn) for layer in layers]
-    if any(reasons):
-        count = len(reasons) - reasons.count(None)
-        warnings.warn(
-            f"{count} of {len(layers)} self-attention layers stay dense and run their own code "
-            f"({count_reasons(reasons)})",
-            stacklevel=stacklevel,
-        )
-
-
-def _check_bins(unet: nn.Module, layers: list[Layer], config: LiteFocusConfig, freq_bins: int) -> None:
-    bins = sorted({halved(freq_bins, layer.level) for layer in layers}, reverse=True)
+def _check_bins(unet: nn.Module, levels: list[int], config: LiteFocusConfig, freq_bins: int) -> None:
+    bins = sorted({halved(freq_bins, level) for level in levels}, reverse=True)
     nothing = f"no self-attention layer of {type(unet).__name__} would focus: "
     if bins[0] == 1:
         raise ValueError(
-            f"{nothing}all {len(layers)} have a single frequency bin, which leaves no frequency axis to focus on; "
+            f"{nothing}all {len(levels)} have a single frequency bin, which leaves no frequency axis to focus on; "
             "check freq_bins"
         )
     if bins[0] < config.min_freq_bins:
         raise ValueError(
-            f"{nothing}the {len(layers)} have {', '.join(map(str, bins))} frequency bins, and min_freq_bins is "
+            f"{nothing}the {len(levels)} have {', '.join(map(str, bins))} frequency bins, and min_freq_bins is "
             f"{config.min_freq_bins}; set min_freq_bins to {bins[0]} or less"
         )

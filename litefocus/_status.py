@@ -12,7 +12,7 @@ from litefocus._decoding import Tiles, decoding_bytes, tiles_of
 from litefocus._grid import Grid, halved
 from litefocus._layers import Layer, blocks, named_modules, obstacle, overwritten, patched, self_attention_layers
 from litefocus._registry import current
-from litefocus._table import Table
+from litefocus._table import Table, by_level
 from litefocus._target import Target, resolve
 from litefocus.config import LiteFocusConfig
 
@@ -134,13 +134,10 @@ class Status(Table):
         timed = self.seconds is not None
         header = ("freq bins", *(("frames",) if timed else ()), "layers", "state")
         table = [header + (("keys kept", "share of the step") if timed else ())]
-        levels: dict[int | None, list[LayerStatus]] = {}
-        for layer in self.layers:
-            levels.setdefault(layer.freq_bins, []).append(layer)
         shares = {}
         if self.flops is not None:
             shares = dict(zip((x.name for x in self.layers), self.flops.attention, strict=True))
-        for freq_bins, layers in levels.items():
+        for freq_bins, layers in by_level(self.layers).items():
             states = [layer.state for layer in layers]
             usual = max(dict.fromkeys(states), key=states.count)
             others = [f"{layer.name} {layer.state}" for layer in layers if layer.state != usual]
