@@ -110,8 +110,8 @@ def decoding_bytes(pipe: Any, seconds: float, tiles: tuple[float, float] | None 
 
     tiles: seconds and overlap of `tile_decoding`; None where the clip is decoded whole.
 
-    From the widths of VAE and vocoder: the tensors that live at once where these are widest. What convolutions need
-    while they run comes on top.
+    Estimated from the channels of VAE and vocoder: the tensors that are alive at the stage where they are largest.
+    Temporary memory of convolutions is not counted.
     """
     geometry = latent_geometry(pipe)
     if geometry is None or geometry.mel_frame is None:
@@ -175,7 +175,7 @@ class Tiles(Setting):
 
     @staticmethod
     def spans(frames: int, longest: int, overlap: int) -> tuple[list[tuple[int, int, int]], int]:
-        """(first frame to put in, start and stop of its own part) for every tile, and how many frames to put in."""
+        """For every tile (first frame of its input, start and stop of the part it yields), and its input's frames."""
         count = math.ceil(frames / longest)
         window = min(frames, math.ceil(frames / count) + 2 * overlap)
         pairs = itertools.pairwise(frames * i // count for i in range(count + 1))
@@ -275,9 +275,9 @@ class TiledDecoding(Handle):
 
 
 class _Tiled:
-    """A method's wrapper that calls it tile by tile; the wrapped object keeps it.
+    """Wraps a method of a module, in whose `__dict__` it is kept, and calls that method tile by tile.
 
-    Without tiles in force, or where a newer wrapper is in its place, it calls the method once.
+    Without tiles in force, or where a newer wrapper has replaced this one, it calls the method once.
     """
 
     def __init__(self, module: Any, method: str) -> None:
@@ -324,7 +324,7 @@ class _ClipNorms(TorchFunctionMode):
         self.moments: dict[int, Tensor] = {}  # (2, groups): mean, mean of squares
 
     def accumulate(self, start: int, stop: int) -> _ClipNorms:
-        """For one tile: use its own moments, and add those of its frames start to stop to the clip's."""
+        """For one tile: normalize by the moments of its frames start to stop, and add them to the clip's moments."""
         self.start, self.stop, self.calls = start, stop, 0
         return self
 

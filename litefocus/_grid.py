@@ -36,8 +36,8 @@ class Grid:
 
     Attributes:
         why_dense: why the last call that could have focused did not: tokens of another number, or a mask.
-        last_call: number of the last UNet call that reached the layer; infinite once it is compiled, when calls no
-            longer show.
+        last_call: number of the last UNet call that reached the layer; infinite once the layer is compiled, since
+            compiled code does not count calls.
     """
 
     def __init__(

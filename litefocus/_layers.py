@@ -104,10 +104,10 @@ def _holds(layer: nn.Module, name: str) -> bool:
 def self_attention_layers(unet: nn.Module) -> list[Layer]:
     """The attention layers that are called without encoder states, in the UNet's order.
 
-    A layer is one if `to_k` takes as many channels as `to_q`. `is_cross_attention` does not tell: AudioLDM's attn2 has
-    it and attends to itself. If some layers of a UNet take encoder states, then one whose encoder has its own width by
-    chance is told by what it says that it was built for, or by the config of the transformer around it (the old
-    diffusers that Mustango ships).
+    A layer counts if `to_k` takes as many channels as `to_q`. `is_cross_attention` alone is no criterion: it is True on
+    AudioLDM's attn2, which attends to its own input. In a UNet where some layers take encoder states, the encoder's
+    width may equal a layer's. Such a layer is recognised by `is_cross_attention`, or by the config of the transformer
+    around it (the old diffusers that Mustango ships).
     """
     found, for_encoder = [], set()
     for prefix, block, level in blocks(unet):
@@ -137,9 +137,9 @@ def _is_attention(module: Any) -> bool:
 
 def _is_for_encoder(attn: nn.Module, name: str, config: Any) -> bool:
     """Whether a layer was built for encoder states. config: of the transformer around it, None where there is none."""
-    said: bool | None = getattr(attn, "is_cross_attention", None)
-    if said is not None:
-        return said
+    is_cross_attention: bool | None = getattr(attn, "is_cross_attention", None)
+    if is_cross_attention is not None:
+        return is_cross_attention
     if getattr(config, "cross_attention_dim", None) is None:
         return False
     if name.endswith("attn2"):
@@ -148,7 +148,7 @@ def _is_for_encoder(attn: nn.Module, name: str, config: Any) -> bool:
 
 
 def layers_to_patch(unet: nn.Module) -> dict[Layer, str | None]:
-    """All self-attention layers, and why one stays dense; None where it does not. Raises ValueError if all do."""
+    """Every self-attention layer, with the reason why it stays dense or None. Raises ValueError if all stay dense."""
     layers = self_attention_layers(unet)
     nothing = f"no self-attention layer of {type(unet).__name__} can be patched"
     if not layers:

@@ -39,14 +39,14 @@ def patch(
     threads that share a UNet share its patches, so patch once at start-up, not per request. If the first patch comes or
     the last one goes during a call, some layers of that call run dense.
 
-    A layer is patched if it does nothing but attend: by one of diffusers' own processors (PLAIN_PROCESSORS in
-    _layers.py) or as CompVis' CrossAttention, with the `forward` of its class. Every other layer stays dense and runs
-    its own code: a warning says how many and why, `status` says which.
+    A layer is patched if it computes plain attention: its `forward` is that of its class, and it has one of diffusers'
+    own processors (PLAIN_PROCESSORS in _layers.py) or is CompVis' CrossAttention. Every other layer stays dense and
+    runs its own code: a warning says how many and why, `status` says which.
 
     All elements of a batch use the sample of the first one's timestep. Compiled, traced and exported code uses one
-    sample at every step, and so do calls that record gradients, reentrant checkpoints included. Such a checkpoint is
-    recognised by a UNet input with `requires_grad`; where none has it, checkpoint with `use_reentrant=False`. With
-    gradient checkpointing, call `backward()` inside of the `with` block too: layers run again there.
+    sample at every step, and so do calls that record gradients, reentrant checkpoints included. A reentrant
+    checkpoint is recognised by a UNet input with `requires_grad`; if no input has it, use `use_reentrant=False`. With
+    gradient checkpointing, call `backward()` inside of the `with` block too, since `backward()` runs layers again.
 
     Args:
         pipe: an AudioLDM, AudioLDM 2 or MusicLDM pipeline of diffusers, a Tango, Tango 2, Mustango or ConsistencyTTA
@@ -94,7 +94,7 @@ def patch_with(
     min_keys_saved: int = MIN_KEYS_SAVED,
     stacklevel: int = 2,
 ) -> Patch:
-    """`patch`, with what only measurements change: see `Grid`."""
+    """`patch`, with `num_samples` and `min_keys_saved` of `Grid`, which only tests and measurements change."""
     target = resolve(pipe)
     freq_bins = target.check_axes(freq_bins, freq_axis)
     reasons = layers_to_patch(target.unet)
@@ -118,10 +118,10 @@ def patch_with(
 
 
 def unpatch(pipe: Any) -> None:
-    """Remove everything that litefocus put on a pipeline: patches, also of running blocks, tiles, and Tango's length.
+    """Remove all patches, also those of `with` blocks that still run, the tiles of decoding, and Tango's duration.
 
-    Layers get back the same processor objects. A processor that was set after `patch` stays. One that wraps LiteFocus'
-    goes on wrapping it, and calls the original through it. Harmless where nothing is patched.
+    Layers get back the same processor objects. A processor that was set after `patch` stays. If it wraps LiteFocus'
+    processor, that one now calls the original. Harmless where nothing is patched.
 
     Args:
         pipe: what `patch`, `tile_decoding` and `set_duration` accept.
@@ -149,8 +149,8 @@ def unpatch(pipe: Any) -> None:
 class PatchSetting(Setting):
     """One patch of one UNet.
 
-    grids: of its layers, by name. freq_bins: that its inputs must have, None for any. known_bins: that they are
-    expected to have, for `status` before the first call.
+    grids: the grid of every layer, by the layer's name. freq_bins: number that the UNet's inputs must have, None for
+    any. known_bins: number that they are expected to have, which `status` shows before the first call.
     """
 
     kind = "patch"
@@ -202,7 +202,7 @@ class PatchSetting(Setting):
 class Patch(Handle):
     """The handle that `patch` returns, in the manner of `torch.utils.hooks.RemovableHandle`.
 
-    config: the settings that were installed. Its repr is `status` of the UNet, as it is now. It keeps no weights alive.
+    config: the settings of this patch. The handle's repr is the UNet's present `status`. It keeps no weights alive.
 
     >>> import litefocus
     >>> from diffusers import AudioLDM2Pipeline

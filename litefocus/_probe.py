@@ -1,4 +1,4 @@
-"""See how far a patch would be from a model's dense self-attention, and where that looks, before trusting it."""
+"""Measure how far a patch would be from a model's dense self-attention, and its mass on the own bin."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from litefocus._grid import Grid, halved
 from litefocus._layers import Layer, count_reasons, layers_to_patch
 from litefocus._processor import attention_inputs
 from litefocus._registry import current
-from litefocus._table import Table, by_level
+from litefocus._table import Table, by_freq_bins
 from litefocus._target import resolve
 from litefocus.config import ConfigOptions, LiteFocusConfig, merged_config, shows_options
 from litefocus.focus import FreqAxis
@@ -30,7 +30,7 @@ NATIVE_FRAMES = 256  # 10.24 s at 25 latent frames a second, what AudioLDM-style
 # Settings within this mean error were as good as dense attention in the evaluation, examples/evidence/quality.md.
 CLOSE = 0.2
 
-_measured: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # UNets in a block of `probe`
+_probed: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # UNets in a block of `probe`
 
 
 def compared_settings(config: LiteFocusConfig) -> dict[str, LiteFocusConfig]:
@@ -82,12 +82,12 @@ def probe(
 
     For every layer: the relative error of the attention output with the settings asked about and with a few others
     (the default, the paper's, one shared sample for all queries, a time window of 256 frames alone), and which share of
-    dense attention's mass lies on the query's own frequency bin. Its table sums them up by level, with one line of
-    advice.
+    dense attention's mass lies on the query's own frequency bin. The printed table has their means by level, under a
+    line of advice.
 
     No output changes. At every call the scores of 64 queries are computed once more, never those of all: one batch
-    element at a time, (heads, 64, tokens) in float32. Every self-attention layer is measured, also those below
-    `min_freq_bins`.
+    element at a time, (heads, 64, tokens) in float32. Every layer on which `patch` would put its attention is measured,
+    also those below `min_freq_bins`.
 
     Args:
         pipe: as for `patch`.
@@ -127,7 +127,7 @@ def probe(
 
 def probing(unet: nn.Module) -> bool:
     """Whether a block of `probe` measures this UNet."""
-    return unet in _measured
+    return unet in _probed
 
 
 class Probe(Table):
@@ -167,7 +167,7 @@ class Probe(Table):
             raise RuntimeError("a probe is measuring this UNet already; leave its block first")
         if current(unet, "patch") is not None:
             raise RuntimeError("the pipeline was patched after the probe was made; litefocus.unpatch(pipe) first")
-        _measured.add(unet)
+        _probed.add(unet)
         self._context.hook(unet)
         for layer in self._layers:
             attn = layer.attn()
@@ -185,7 +185,7 @@ class Probe(Table):
         self._context.unhook()
         unet = self._unet()
         if unet is not None:
-            _measured.discard(unet)
+            _probed.discard(unet)
         if kind is None and not any(layer.calls for layer in self._layers):
             raise RuntimeError(
                 "the probe saw no self-attention call: run the pipeline inside of the with block, and compile its "
@@ -219,13 +219,13 @@ class Probe(Table):
         ratio = min(1.0, self.config.sparse_ratio * (mean[given] / CLOSE) ** 2)
         far_off = [row.name for row in rows if row.errors[given] > CLOSE]
         return (
-            f"{found}: {len(far_off)} of {len(rows)} layers attend to few single tokens, such as {far_off[0]}; raise "
-            f"sparse_ratio to {ratio:.2g}"
+            f"{found}: in {len(far_off)} of {len(rows)} layers, such as {far_off[0]}, few tokens hold most attention; "
+            f"raise sparse_ratio to {ratio:.2g}"
         )
 
     def _summary(self) -> list[str]:
         return [
-            f"attention of {self._owner} beside its dense attention: error of the output, and where its mass lies",
+            f"focus sets against dense attention of {self._owner}: error of the output, and dense mass on the own bin",
             f"focus sets of {self.config}",
             *([f"left out, as they would stay dense: {self._left_out}"] if self._left_out else []),
             self.advice,
@@ -235,7 +235,7 @@ class Probe(Table):
         names = list(compared_settings(self.config))
         errors = (f"error, {name}" for name in names)
         table = [("freq bins", "layers", "frames", *errors, "mass on the same frequency", "uniform")]
-        for freq_bins, rows in by_level(self.layers).items():
+        for freq_bins, rows in by_freq_bins(self.layers).items():
             seen = [row for row in rows if row.calls]
             cells = [
                 "?" if freq_bins is None else str(freq_bins),
@@ -254,7 +254,7 @@ class Probe(Table):
 
 
 class _Measured:
-    """What one layer's attention has looked at so far."""
+    """Measurements of one layer, summed over its calls so far."""
 
     def __init__(self, layer: Layer, config: LiteFocusConfig, context: Context, freq_bins: int | None) -> None:
         self.attn, self.context = weakref.ref(layer.attn), context

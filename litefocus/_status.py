@@ -12,7 +12,7 @@ from litefocus._decoding import Tiles, decoding_bytes, tiles_of
 from litefocus._grid import Grid, halved
 from litefocus._layers import Layer, blocks, named_modules, obstacle, overwritten, patched, self_attention_layers
 from litefocus._registry import current
-from litefocus._table import Table, by_level
+from litefocus._table import Table, by_freq_bins
 from litefocus._target import Target, resolve
 from litefocus.config import LiteFocusConfig
 
@@ -24,7 +24,7 @@ LONG_CLIP = 10**6  # frames that stand for any long clip where no length was giv
 class StepFlops:
     """Estimated floating-point operations of one UNet step for one batch element.
 
-    attention: those of every self-attention layer's scores and values, patched, in the UNet's order.
+    attention: operations of scores and weighted values of each self-attention layer as patched, in the UNet's order.
     """
 
     dense: float
@@ -33,7 +33,7 @@ class StepFlops:
 
     @property
     def ratio(self) -> float:
-        """How many times less arithmetic the patched step needs; the most that it can be faster."""
+        """FLOPs of the dense step over those of the patched one: an estimate of the speed-up, not a bound."""
         return self.dense / self.patched
 
 
@@ -43,8 +43,9 @@ class LayerStatus:
 
     name: its path in the UNet.
     freq_bins: frequency bins of its grid; None if neither a pipeline, nor a patch, nor a call has shown it.
-    state: "focus", or "dense", with the reason if it is not the grid; "overwritten by <class>"; "not reached by the
-        last call"; "not known before a call" where something wraps the layer. A reason may follow after a semicolon.
+    state: "focus"; "dense" if the UNet is not patched or the grid is too small to focus on; "dense: <reason>";
+        "overwritten by <class>"; "not reached by the last call"; "not known before a call" if something wraps the
+        layer. Why the layer cannot be patched may follow after a semicolon.
     frames, keys_kept: frames of its grid and the share of keys that a query attends to, in (0, 1], at the length that
         `status` was asked for; None without one.
     """
@@ -63,9 +64,9 @@ class Status(Table):
     unet: class name. config: settings of the patch that counts, None where there is none.
     layers: one row for every self-attention layer, in the UNet's order; what is printed has one for every level.
     seconds, frames: the length asked for, and its frames at the UNet's input.
-    flops: the step's estimated arithmetic at that length; where nothing is patched, with `patched` as `patch(pipe)`
-        would make it.
-    tiles, decoding_bytes: of `tile_decoding`, None without; estimated memory of decoding one clip of that length.
+    flops: estimated arithmetic of a step at that length. Before `patch`, `flops.patched` is that of `patch(pipe)` with
+        its defaults.
+    tiles: settings of `tile_decoding`, None without. decoding_bytes: estimated memory of decoding one clip.
 
     >>> row = LayerStatus("mid_block.attentions.0", freq_bins=2, state="dense", frames=None, keys_kept=None)
     >>> Status("UNet2DConditionModel", None, (row,))
@@ -119,7 +120,7 @@ class Status(Table):
             become = "become" if self.config else "would become, by litefocus.patch(pipe),"
             lines.append(
                 f"at {self.seconds:g} s: {self.flops.dense / 1e9:,.1f} GFLOPs a step {become} "
-                f"{self.flops.patched / 1e9:,.1f} (estimated), at most {self.flops.ratio:.2f}x faster"
+                f"{self.flops.patched / 1e9:,.1f} (estimated), {self.flops.ratio:.2f}x less arithmetic"
             )
         if self.tiles is not None or self.decoding_bytes is not None:
             tiled = "whole" if self.tiles is None else f"in tiles of {self.tiles.seconds:g} s"
@@ -137,7 +138,7 @@ class Status(Table):
         shares = {}
         if self.flops is not None:
             shares = dict(zip((x.name for x in self.layers), self.flops.attention, strict=True))
-        for freq_bins, layers in by_level(self.layers).items():
+        for freq_bins, layers in by_freq_bins(self.layers).items():
             states = [layer.state for layer in layers]
             usual = max(dict.fromkeys(states), key=states.count)
             others = [f"{layer.name} {layer.state}" for layer in layers if layer.state != usual]
@@ -159,8 +160,8 @@ def status(pipe: Any, seconds: float | None = None) -> Status:
     Args:
         pipe: what `patch` accepts, patched or not.
         seconds: length of a clip. With it, the table adds the share of keys that each layer keeps at that length, and
-            how much less arithmetic one step of the UNet needs; before `patch`, as it would be with its defaults. It
-            takes a pipeline: a bare UNet does not say how many frames a second has.
+            how much less arithmetic one step of the UNet needs; before `patch`, what its defaults would save. Needs a
+            pipeline: a bare UNet does not say how many frames a second has.
 
     Returns:
         The table.

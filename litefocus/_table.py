@@ -31,7 +31,7 @@ class Table:
         return f"<p>{top}</p><table>{row(header, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>"
 
 
-def by_level(layers: Iterable[Any]) -> dict[int | None, list[Any]]:
+def by_freq_bins(layers: Iterable[Any]) -> dict[int | None, list[Any]]:
     """Rows of layers by their frequency bins, in the order of the first of each."""
     levels: dict[int | None, list[Any]] = {}
     for layer in layers:

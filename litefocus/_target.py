@@ -29,7 +29,7 @@ WAVEFORM_METHODS = ("mel_spectrogram_to_waveform", "decode_to_waveform")
 class LatentGeometry:
     """The grid of a model's latent, and what its VAE and vocoder make of it.
 
-    freq_bins: frequency bins of the latent. mel_frame: seconds of a mel frame, None if the model does not say more.
+    freq_bins: frequency bins of the latent. mel_frame: seconds of a mel frame; None if only `freq_bins` is known.
     vae_scale_factor: mel frames in a latent frame, and mel bins in a frequency bin. hop: samples of a mel frame. reach:
     mel frames on either side that a sample depends on.
     """

@@ -2,11 +2,11 @@
 
 The latent of an AudioLDM-style model is a grid of `num_frames` time frames x `freq_bins` frequency bins, flattened to
 tokens. Query i attends to its focus set F_i = S_i ∪ C: every token S_i of its own frequency bin, and a random sample
-C of the tokens of all other bins (LiteFocus, arXiv 2407.10468). A sampled key stands for all those that were not drawn
-with it, so it weighs the inverse of the probability of being drawn (Horvitz and Thompson 1952). This file builds the
-sets as indices; what is done with them is in `attention.py`.
+C of the tokens of all other bins (LiteFocus, arXiv 2407.10468). A sampled key is weighted by the inverse of its
+sampling probability, so that sums over the sample estimate sums over all keys (Horvitz and Thompson 1952). This file
+builds the sets as indices; `attention.py` attends over them.
 
-The bookkeeping is NumPy's, so that no tracer of torch ever sees it: in every graph, index and weights are constants.
+The indices are computed in NumPy, which torch's tracers do not record: indices and weights are constants of a graph.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MIN_BLOCK = 64  # queries that share a time window: with fewer, fused attention 
 class FocusSet:
     """The focus sets of all tokens, as int64 indices into the tokens. Queries with equal keys form a group.
 
-    queries: (groups, queries_per_group). Together the groups hold every token, some twice where time windows overlap.
+    queries: (groups, queries_per_group). Together the groups hold every token, some twice if the last blocks overlap.
     keys: (groups, keys_per_query). The tokens that every query of the group attends to, each once.
     inverse: (tokens,). Where in `queries.flatten()` the output of token i is read: undoes the grouping.
     log_weights: (keys_per_query,) in float32, what is added to the logits of every group's keys; None where all are 0.
@@ -79,14 +79,14 @@ class FocusSet:
 
 
 class _Sizes(NamedTuple):
-    block: int  # frames of a group's queries
-    window: int  # n: frames around them that they see
-    sampled: int  # c: of the window's frames, how many of every other bin
-    far: int  # m: of the frames outside of the window, how many of every bin
+    block: int  # frames of the queries that share a window
+    window: int  # n: frames of the window around a block
+    sampled: int  # c: frames sampled inside of the window, of every other bin
+    far: int  # m: frames sampled outside of the window, of every bin
 
 
 def _sizes(num_frames: int, config: LiteFocusConfig) -> _Sizes:
-    """Blocks and windows of time: one of each over the whole clip, without a time window or where it fits in one."""
+    """Sizes of blocks, windows and samples. Without `time_window`, or if it spans the clip, there is one block."""
     block = window = num_frames
     if config.time_window is not None:
         half = -(-config.time_window // 2)
@@ -124,11 +124,11 @@ def focus_set(
     T / c: numerator and denominator of the softmax are then unbiased estimates of dense attention's, whatever the
     attention looks like.
 
-    With a time window, frames are cut into blocks whose queries share a window of n frames: at least half of
-    `time_window` on either side of each of them, clamped at the ends of the clip. A set then has three strata: the n
-    frames of the own bin (weight 1), c of n of every other bin (n / c), and m = `far_sampled` of the T - n frames
-    outside of the window of every bin, the own included ((T - n) / m). The last block ends with the clip, and overlaps
-    the one before where the clip is no multiple of a block.
+    With a time window, frames are cut into blocks. The queries of a block share a window of n frames, which extends at
+    least `time_window` / 2 to either side of every query, clamped at the ends of the clip. A set then has three
+    strata: the n frames of the own bin (weight 1), c of n of every other bin (n / c), and m = `far_sampled` of the
+    T - n frames outside of the window of every bin, the own included ((T - n) / m). The last block ends with the clip,
+    and overlaps the one before where the clip is no multiple of a block.
 
     Without other bins (`cross_frequency=False` or `sparse_ratio=0`) the far sample is of the own bin alone; with
     `same_frequency=False` the own bin is sampled like all others.
@@ -146,8 +146,8 @@ def focus_set(
         The sets. They are a pure function of all arguments; no global random state is read or changed.
 
     Raises:
-        TypeError: for sizes that are no integers, for a `config` that is no `LiteFocusConfig`, and for its fields as
-            `options`, which `patch` takes and this function does not.
+        TypeError: for sizes that are no integers, for a `config` that is no `LiteFocusConfig`, and for any `options`:
+            unlike `patch`, this function takes settings in `config` alone.
         ValueError: for sizes below 1 and for an unknown `freq_axis`.
 
     Source: LiteFocus, arXiv 2407.10468, as an exact set union, where the published code counts a sampled key of the

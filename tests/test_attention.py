@@ -208,7 +208,7 @@ def test_refuses_shapes_that_do_not_fit() -> None:
     q, k, v = qkv(1, 1, 24, 4)
     focus = focus_set(6, 4, LiteFocusConfig.paper())
     for bad in [(q[0], k, v), (q, k[:, :, :12], v), (q, k, v[:, :, :12])]:
-        with pytest.raises(ValueError, match="and value but for head_dim; got"):
+        with pytest.raises(ValueError, match="and value too but for head_dim; got"):
             focus_attention(*bad, focus)
 
 

@@ -308,7 +308,7 @@ def test_more_keys_are_advised_where_single_tokens_are_missed() -> None:
     assert row.errors["default"] == pytest.approx(error, rel=0.15)
     ratio = 0.1 * (row.errors["default"] / 0.2) ** 2
     assert probe.advice.endswith(
-        f"1 of 1 layers attend to few single tokens, such as down_blocks.0.0; raise sparse_ratio to {ratio:.2g}"
+        f"in 1 of 1 layers, such as down_blocks.0.0, few tokens hold most attention; raise sparse_ratio to {ratio:.2g}"
     )
 
 

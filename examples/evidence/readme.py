@@ -102,9 +102,9 @@ def figures() -> str:
         "A UNet step of AudioLDM 2 at its published widths, with random weights, on a CPU "
         f"({machine}): dense in seconds, the others as speed-up (\\* estimated from FLOPs, not measured). Sound: "
         "Fréchet distance of 5 s windows to real ones, lower is better, as difference to dense ± standard error, of "
-        f"{judged['clips']} clips of a small trained model. By seven measures on {models} trained UNets, at 1 to "
-        f"{longest} times their native length, the output is worse than dense by over two standard errors in these "
-        f"comparisons, where chance alone makes 2.3 %: {', '.join(judgements)} ([speed](examples/evidence/speed.md), "
+        f"{judged['clips']} clips of a small trained model. {models} trained UNets were compared with dense by seven "
+        f"measures, at 1 to {longest} times their native length. Worse by over two standard errors, where 2.3 % are "
+        f"expected by chance: {', '.join(judgements)} comparisons ([speed](examples/evidence/speed.md), "
         f"[sound](examples/evidence/quality.md), {date})."
     )
     lines = ["", *textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)]
@@ -134,7 +134,7 @@ def memory() -> str:
     cells = [
         [name, *("not measured" if size is None else gibibytes(size) for size in sizes)] for name, sizes in rows.items()
     ]
-    return table(["float16, beside the weights", *(f"{length:g} s" for length in SECONDS)], cells)
+    return table(["float16, weights not counted, estimated", *(f"{length:g} s" for length in SECONDS)], cells)
 
 
 def allocator() -> str:
