@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +13,7 @@ import accelerate
 import numpy as np
 import pytest
 import torch
+from DeepCache import DeepCacheSDHelper
 from diffusers.models.attention_processor import SlicedAttnProcessor
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -206,14 +209,14 @@ def test_two_pipelines_in_two_threads(pipe: Any, monkeypatch: pytest.MonkeyPatch
     other = copy.deepcopy(pipe)
     litefocus.patch(pipe, CONFIG)
     litefocus.patch(other, sparse_ratio=0.05, min_sampled=0, seed=9, min_freq_bins=4)
-    alone = [generate(each, steps=4) for each in (pipe, other)]
+    alone = [generate(each, steps=2) for each in (pipe, other)]
     assert np.abs(alone[0] - alone[1]).max() > 1e-3
     for each in (pipe, other):  # anew: their threads build the focus sets
         litefocus.patch(each, litefocus.status(each).config)
     together: list[Any] = [None, None]
 
     def run(i: int, each: Any) -> None:
-        together[i] = generate(each, steps=4)
+        together[i] = generate(each, steps=2)
 
     threads = [threading.Thread(target=run, args=item) for item in enumerate((pipe, other))]
     for thread in threads:
@@ -237,13 +240,13 @@ def test_toggled_halfway_through_20_steps(pipe: Any) -> None:
 
     pipe.to(torch.float64)  # late steps change little: rounding must not hide it
     dense, oracle = run(pipe, lambda: None), copy.deepcopy(pipe)
-    short = run(pipe, lambda: None, steps=4)
+    short = run(pipe, lambda: None, steps=2)
     expected = run(oracle, lambda: install_oracle(oracle.unet, CONFIG))
     assert np.abs(expected - dense).max() > 1e-6
     got = run(pipe, lambda: litefocus.patch(pipe, CONFIG))
     assert_same_audio(got, expected, atol=1e-7, rtol=1e-7)
     litefocus.unpatch(pipe)
-    assert np.array_equal(run(pipe, lambda: None, steps=4), short)
+    assert np.array_equal(run(pipe, lambda: None, steps=2), short)
 
 
 # --- what is broken without litefocus, and the mend that the README gives
@@ -289,3 +292,48 @@ def test_sequential_offload_to_the_cpu_fails(pipe: Any) -> None:
     pipe.enable_sequential_cpu_offload(device="cpu")
     with pytest.raises(TypeError, match="new"):
         generate(pipe)
+
+
+# --- DeepCache, which skips blocks of the UNet at some steps ---------------------------------------------------------
+
+SWITCHES = ("enable", "patch", "disable", "unpatch")
+ORDERS = [
+    order
+    for order in itertools.permutations(SWITCHES)
+    if order.index("enable") < order.index("disable") and order.index("patch") < order.index("unpatch")
+]
+
+
+def deep_cache(pipe: Any) -> DeepCacheSDHelper:
+    helper = DeepCacheSDHelper(pipe)
+    helper.set_params(cache_interval=2)
+    return helper
+
+
+@functools.cache
+def clip_of(cached: bool, patched: bool, seconds: float) -> np.ndarray:
+    """From a new pipeline on which nothing else was done."""
+    pipe = build("AudioLDM 2")
+    if patched:
+        litefocus.patch(pipe, CONFIG)
+    if cached:
+        deep_cache(pipe).enable()
+    return generate(pipe, seconds, steps=2)
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=" ".join)
+def test_deepcache_composes_in_every_order_and_at_changing_lengths(order: tuple[str, ...]) -> None:
+    clips = [clip_of(cached, patched, 2.0) for cached in (False, True) for patched in (False, True)]
+    for one, other in itertools.combinations(clips, 2):
+        assert not np.allclose(one, other, rtol=0, atol=1e-6)
+    pipe = build("AudioLDM 2")
+    helper, cached, patched = deep_cache(pipe), False, False
+    for switch in order:
+        if "patch" in switch:
+            getattr(litefocus, switch)(pipe, *([CONFIG] if switch == "patch" else []))
+            patched = switch == "patch"
+        else:
+            getattr(helper, switch)()
+            cached = switch == "enable"
+        for seconds in (1.0, 2.0):
+            assert (generate(pipe, seconds, steps=2) == clip_of(cached, patched, seconds)).all(), (switch, seconds)
