@@ -17,7 +17,6 @@ from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
 from support.authors import VARIANTS, cross_attention, original_unet, run_original
 from support.oracle import Grids, biased_attention, install_oracle
 from support.pipelines import JOINT, audioldm2_unet, audioldm_unet
-from support.settings import hand_in
 from support.tango import TangoVAE, tango_unet
 from torch import Tensor, nn
 
@@ -25,13 +24,7 @@ import litefocus
 from litefocus import LiteFocusConfig
 
 ALL = LiteFocusConfig(min_sampled=0)  # clips this short would be dense with the floor
-
-
-@pytest.fixture(autouse=True)
-def as_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oracle masks grids of any size; and it knows no timesteps, so one sample serves all."""
-    hand_in(monkeypatch, min_keys_saved=1)
-    hand_in(monkeypatch, num_samples=1)
+pytestmark = pytest.mark.usefixtures("small_grids_focus", "one_sample")
 
 
 # --- the original AudioLDM, AudioLDM 2 and AudioSR code --------------------------------------------------------------

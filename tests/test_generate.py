@@ -88,12 +88,6 @@ def test_words_outside_of_the_vocabulary_are_named(tmp_path: Path, capsys: pytes
     first, second = capsys.readouterr().err.splitlines()[:2]
     assert first == "note: words that this model does not know: zither, kazoo"
     assert second == f"it knows, slow, medium or fast: {', '.join(nouns[0] for nouns in NOUNS.values())}"
-    assert len(NOUNS) == 12
-    args = options()
-    pipe = _cli.load_pipeline(args.model, args.device, args.dtype)
-    assert _cli.unknown_words(pipe, *(f"{tempo} {sound}" for tempo in ("slow", "fast") for sound in _cli.SOUNDS)) == []
-    pipe.tokenizer_2 = None  # as of AudioLDM
-    assert _cli.unknown_words(pipe, "a zither") == []
 
 
 def test_a_full_disk_is_one_line(
@@ -129,7 +123,6 @@ def test_a_full_disk_is_one_line(
         ([""], "prompt must be text, and not empty, got ''"),
         (["--seconds", "0"], "seconds must be a number between 0.5 and 3600, got 0.0"),
         (["--seconds", "nan"], "seconds must be a number between 0.5 and 3600, got nan"),
-        (["--seconds", "1e9"], "seconds must be a number between 0.5 and 3600, got 1000000000.0"),
         (["--seconds", "a minute"], "argument --seconds: invalid float value: 'a minute'"),
         (["--steps", "0"], "steps must be an integer between 1 and 1000, got 0"),
         (["--guidance", "-1"], "guidance must be a finite number of at least 0, got -1"),
