@@ -184,10 +184,10 @@ def test_two_pipelines_in_two_threads(pipe: Any, monkeypatch: pytest.MonkeyPatch
     assert np.array_equal(together, alone)
 
 
-def test_toggled_halfway_through_20_steps(pipe: Any) -> None:
+def test_toggled_halfway_through_the_steps(pipe: Any) -> None:
     """The audio pipelines of diffusers have `callback`; `callback_on_step_end` never reached them."""
 
-    def run(each: Any, at_half: Callable[[], None], steps: int = 20) -> np.ndarray:
+    def run(each: Any, at_half: Callable[[], None], steps: int = 8) -> np.ndarray:
         def callback(i: int, t: Tensor, latents: Tensor) -> None:
             if i == steps // 2 - 1:
                 at_half()
@@ -216,8 +216,12 @@ def test_audioldm2_as_published_fails_and_its_mend_works() -> None:
     pipe.language_model = mended.transformer  # the GPT2Model that cvssp/audioldm2 names, with the same weights
     with pytest.raises(AttributeError):
         generate(pipe)
-    with pytest.warns(UserWarning, match="GPT2LMHeadModel"), pytest.raises(AttributeError), litefocus.patch(pipe):
+    with pytest.warns(UserWarning, match="language_model=GPT2LMHeadModel.from_pretrained") as caught:
+        litefocus.patch(pipe)
+    assert [warning.filename for warning in caught] == [__file__]
+    with pytest.raises(AttributeError):
         generate(pipe)
+    litefocus.unpatch(pipe)
     pipe.language_model = mended
     assert np.array_equal(generate(pipe), expected)
 

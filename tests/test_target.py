@@ -35,7 +35,7 @@ from support.small import (
 )
 from support.tango import TangoVAE, tango_unet
 from torch import nn
-from transformers import GPT2Model, SpeechT5HifiGan
+from transformers import SpeechT5HifiGan
 
 import litefocus
 from litefocus._target import latent_geometry
@@ -373,17 +373,3 @@ def test_a_unet_without_self_attention_is_refused(function: Any) -> None:
     )
     with pytest.raises(ValueError, match=r"of UNet2DConditionModel can be patched: .* hold none that litefocus knows"):
         function(unet)
-
-
-# --- known to fail without litefocus too -----------------------------------------------------------------------------
-
-
-def test_a_pipeline_that_is_known_to_fail_says_how_to_fix_it() -> None:
-    pipe = build("AudioLDM 2")
-    pipe.language_model = GPT2Model(pipe.language_model.config)
-    if hasattr(pipe.language_model, "_update_model_kwargs_for_generation"):
-        pytest.fail("this transformers mends it: drop the warning, and the line in the README")
-    with pytest.warns(UserWarning, match="language_model=GPT2LMHeadModel.from_pretrained") as caught:
-        litefocus.patch(pipe)
-    assert len(caught) == 1
-    assert caught[0].filename == __file__
