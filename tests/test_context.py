@@ -578,33 +578,10 @@ def test_where_gradients_are_recorded_the_first_sample_serves(make: Callable[[],
     assert_same(run(unet), focus(1, make))
 
 
-class Recomputed(torch.autograd.Function):
-    """Runs a function without gradients, and once more with them in the backward pass."""
-
-    @staticmethod
-    def forward(context: Any, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        context.function = function
-        context.save_for_backward(x)
-        return function(x.requires_grad_())
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        with torch.enable_grad():
-            (x,) = (saved.detach().requires_grad_() for saved in context.saved_tensors)
-            return None, torch.autograd.grad(context.function(x), x, gradient)[0]
-
-
-RECOMPUTED: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
-    "checkpoint": functools.partial(checkpoint, use_reentrant=False),
-    "reentrant": functools.partial(checkpoint, use_reentrant=True),
-    "function": lambda function, x: Recomputed.apply(function, x),
-}
-
-
 @both_kinds
-@pytest.mark.parametrize("recompute", RECOMPUTED.values(), ids=RECOMPUTED)
+@pytest.mark.parametrize("reentrant", [False, True])  # reentrant: the forward pass runs where gradients are off
 def test_a_recomputed_step_has_the_gradients_of_the_loss_that_was_computed(
-    make: Callable[[], Any], recompute: Callable[..., Tensor]
+    make: Callable[[], Any], reentrant: bool
 ) -> None:
     """Noise optimisation: two steps of a sampling loop, each of which is computed again in the backward pass."""
     unet = make()
@@ -619,19 +596,26 @@ def test_a_recomputed_step_has_the_gradients_of_the_loss_that_was_computed(
         loss.backward()
         return loss.detach(), start.grad
 
-    torch.testing.assert_close(loss_and_gradient(recompute), loss_and_gradient(lambda function, x: function(x)))
+    recomputed = loss_and_gradient(functools.partial(checkpoint, use_reentrant=reentrant))
+    torch.testing.assert_close(recomputed, loss_and_gradient(lambda function, x: function(x)))
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_checkpointed_gradients_are_those_without(merged: bool) -> None:
-    """Layers run again in the backward pass, outside of the UNet's call. Merged tokens are no grid there either."""
+def test_checkpointed_gradients_are_those_without() -> None:
+    """Layers run again in the backward pass, outside of the UNet's call."""
     expected, unet = two_levels(), two_levels()
-    if merged:
-        merge_tokens(expected)
-        merge_tokens(unet)
     patch(expected)
     patch(unet)
     unet.enable_gradient_checkpointing()
+    assert_same_gradients(unet, expected)
+
+
+def test_checkpointed_gradients_of_merged_tokens() -> None:
+    """Which are no grid in the backward pass either."""
+    expected, unet = small_unet(), small_unet()
+    for each in (expected, unet):
+        merge_tokens(each)
+        each.enable_gradient_checkpointing()
+    patch(unet)
     assert_same_gradients(unet, expected)
 
 

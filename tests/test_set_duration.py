@@ -140,8 +140,3 @@ def test_what_somebody_had_set_on_the_model_comes_back() -> None:
     model.prepare_latents = mine  # theirs is theirs
     litefocus.set_duration(tango, None)
     assert model.prepare_latents is mine
-
-
-def test_set_duration_tells_what_mustango_leaves_out() -> None:
-    assert "Mustango" in litefocus.set_duration.__doc__
-    assert "10 seconds" in litefocus.set_duration.__doc__
