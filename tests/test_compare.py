@@ -7,6 +7,7 @@ import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,11 +57,10 @@ def noise(seconds: float, rate: int, seed: int) -> np.ndarray:
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working directory with an embedder, reference sounds, prompts, and sounds and prompts that cannot be used."""
-    with monkeypatch.context() as patched:
-        patched.setattr(sys, "path", [*sys.path])
-        patched.chdir(tmp_path)
-        fill(tmp_path)
-        yield tmp_path
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path)
+    yield tmp_path
     sys.modules.pop("own_ears", None)
 
 
@@ -83,14 +83,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """All of it, small: what it wrote, printed and asked of the embedder."""
     folder = tmp_path_factory.mktemp("compare")
     fill(folder)
-    printed: list[str] = []
-    progress = io.StringIO()
-    with pytest.MonkeyPatch.context() as patched:
+    printed, progress = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patched, redirect_stdout(printed), redirect_stderr(progress):
         patched.setattr(sys, "path", [*sys.path])
         patched.chdir(folder)
-        patched.setattr("builtins.print", lambda *texts, **_: printed.extend(map(str, texts)))
-        patched.setattr(compare.tqdm, "write", printed.append)
-        patched.setattr(sys, "stderr", progress)
         arguments = ["--prompts", "prompts.txt", "--seconds", *map(str, LENGTHS), "--steps", str(STEPS), "--seed", "5"]
         heard = ["--reference", "sounds", "--embedder", "own_ears:embed", "--window", str(WINDOW)]
         compare.main([*arguments, *heard, "--native", "0.6", "--min-sampled", "4", "--output", "o.1"])
@@ -99,7 +95,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return SimpleNamespace(
         folder=folder,
         calls=calls,
-        printed="\n".join(printed),
+        printed=printed.getvalue(),
         record=record,
         rows=record["rows"],
         progress=progress.getvalue(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -187,7 +186,8 @@ def leftovers(unet: nn.Module) -> list[str]:
 
 def same_processors(before: dict[str, Any], unet: Any) -> bool:
     """Whether the processors are the objects that `unet.attn_processors` held before."""
-    return all(map(operator.is_, before.values(), unet.attn_processors.values()))
+    after = unet.attn_processors
+    return before.keys() == after.keys() and all(after[name] is before[name] for name in before)
 
 
 def assert_same_gradients(unet: Any, expected: Any) -> None:
