@@ -1,8 +1,5 @@
 """The focus sets are the definition's: F_i = S_i ∪ C, exact, stratified, deterministic."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -135,15 +132,6 @@ def test_without_cross_frequency_only_the_own_bin_is_left() -> None:
     assert focus.keys.tolist() == focus.queries.tolist() == [[f + 3 * t for t in range(5)] for f in range(3)]
 
 
-def test_at_ratio_one_every_query_sees_every_token_once() -> None:
-    focus = focus_set(7, 4, LiteFocusConfig.paper(sparse_ratio=1))
-    assert [sorted(keys) for keys in focus.keys.tolist()] == [list(range(28))] * 4
-
-
-def test_a_short_clip_keeps_one_frame_of_every_other_bin() -> None:
-    assert focus_set(4, 8, LiteFocusConfig.paper(sparse_ratio=0.1)).keys_per_query == 4 + 7
-
-
 def test_size_at_80_seconds_is_the_papers() -> None:
     focus = focus_set(1024, 8, LiteFocusConfig.paper())
     assert (focus.tokens, focus.keys_per_query) == (8192, 1738)
@@ -151,11 +139,12 @@ def test_size_at_80_seconds_is_the_papers() -> None:
 
 
 def test_draws_are_pinned() -> None:
-    """Equal on every machine and in every release: a change here changes everybody's audio."""
-    assert focus_set(6, 2, LiteFocusConfig.paper(sparse_ratio=0.34)).keys.tolist() == [
-        [0, 2, 4, 6, 8, 10, 5, 11],
-        [1, 3, 5, 7, 9, 11, 4, 8],
-    ]
+    """Equal in every process, on every machine and in every release: a change here changes everybody's audio."""
+    for layer, keys in (
+        ("", [[0, 2, 4, 6, 8, 10, 5, 11], [1, 3, 5, 7, 9, 11, 4, 8]]),
+        ("up", [[0, 2, 4, 6, 8, 10, 1, 7], [1, 3, 5, 7, 9, 11, 4, 10]]),
+    ):
+        assert focus_set(6, 2, LiteFocusConfig.paper(sparse_ratio=0.34), layer=layer).keys.tolist() == keys
 
 
 def test_depends_on_seed_layer_and_length_alone() -> None:
@@ -176,12 +165,6 @@ def test_leaves_the_global_random_state_alone_and_ignores_it() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(2)
     assert torch.equal(focus_set(30, 4, LiteFocusConfig.paper()).keys, keys)
-
-
-def test_is_the_same_in_another_process() -> None:
-    script = "import litefocus; print(litefocus.focus_set(20, 3, layer='up').keys.sum(1).tolist())"
-    other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert other.strip() == str(focus_set(20, 3, layer="up").keys.sum(1).tolist())
 
 
 def test_is_built_on_the_cpu_whatever_the_default_device() -> None:
@@ -296,7 +279,6 @@ def test_draws_of_a_layer_differ_and_share_everything_else() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"num_frames": 8, "freq_bins": 8, "config": {"seed": 1}}, TypeError, "must be a LiteFocusConfig, got dict"),
         ({"num_frames": 0, "freq_bins": 8}, ValueError, "num_frames must be an integer of at least 1, got 0"),
         ({"num_frames": 8, "freq_bins": -1}, ValueError, "freq_bins must be an integer of at least 1, got -1"),
         ({"num_frames": 8.5, "freq_bins": 8}, TypeError, r"num_frames must be an integer .* got 8.5 \(float\)"),

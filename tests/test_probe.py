@@ -11,7 +11,6 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from support.authors import original_unet, run_original
 from support.oracle import Grids, biased_attention, bin_and_frame
 from support.pipelines import JOINT, build, generate
-from support.settings import hand_in
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,9 +21,7 @@ from litefocus._probe import QUERIES
 FRAMES, BINS = 8, 8  # as many tokens as the probe looks at: no query is left out
 
 
-@pytest.fixture(autouse=True)
-def small_grids_focus_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    hand_in(monkeypatch, min_keys_saved=1)
+pytestmark = pytest.mark.usefixtures("small_grids_focus")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import SlicedAttnProcessor
-from support.pipelines import BUILDERS, PUBLISHED, audioldm_unet, build, generate, published_unet
+from support.pipelines import BUILDERS, PUBLISHED, build, generate, published_unet
 from support.recorder import Recorder
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -112,15 +112,6 @@ def test_advice(options, seconds, advice) -> None:
     else:
         assert advice in status.advice
         assert status.advice in repr(status).splitlines()
-
-
-def test_status_of_a_bare_unet_does_not_guess() -> None:
-    unet = audioldm_unet()
-    assert {layer.freq_bins for layer in litefocus.status(unet).layers} == {None}
-    litefocus.patch(unet, freq_bins=16)
-    assert {layer.freq_bins for layer in litefocus.status(unet).layers} == {8, 4, 2}
-    with pytest.raises(ValueError, match="does not say how many latent frames a second has"):
-        litefocus.status(unet, seconds=10)
 
 
 @pytest.mark.parametrize("seconds", [0.28, 0.57, 1.005, 1.12, 20])

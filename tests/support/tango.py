@@ -46,8 +46,11 @@ class TangoVAE(nn.Module):
             num_mels=config.model_in_dim, upsample_rates=config.upsample_rates, sampling_rate=config.sampling_rate
         )
 
-    def decode_first_stage(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor) -> Tensor:
         return self.inner.decode(z).sample
+
+    def decode_first_stage(self, z: Tensor) -> Tensor:
+        return self.decode(z)
 
     def decode_to_waveform(self, mel: Tensor) -> np.ndarray:
         return self.vocoder(mel.squeeze(1)).numpy()
@@ -71,7 +74,9 @@ class AudioDiffusion(nn.Module):
         """Of the original a training step; here what a wrapper around the model passes."""
         return self.prepare_latents(*arguments)
 
-    def inference(self, prompt, inference_scheduler, num_steps, guidance_scale) -> Tensor:
+    def inference(
+        self, prompt, inference_scheduler, num_steps, guidance_scale, num_samples_per_prompt=1, disable_progress=True
+    ) -> Tensor:
         batch = self.tokenizer(["", *prompt], padding="max_length", max_length=8, truncation=True, return_tensors="pt")
         embeds = self.text_encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
         inference_scheduler.set_timesteps(num_steps)
@@ -98,6 +103,8 @@ class Tango:
         self.vae, self.model, self.scheduler = TangoVAE(), AudioDiffusion(unet), DDPMScheduler()
 
     @torch.no_grad()
-    def generate(self, prompt: str, steps: int = 1, guidance: float = 3) -> np.ndarray:
-        mel = self.vae.decode_first_stage(self.model.inference([prompt], self.scheduler, steps, guidance))
-        return self.vae.decode_to_waveform(mel)[0]
+    def generate(
+        self, prompt: str, steps: int = 1, guidance: float = 3, samples: int = 1, disable_progress: bool = True
+    ) -> np.ndarray:
+        latents = self.model.inference([prompt], self.scheduler, steps, guidance, samples, disable_progress)
+        return self.vae.decode_to_waveform(self.vae.decode_first_stage(latents))[0]
