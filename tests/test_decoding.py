@@ -524,7 +524,7 @@ def test_a_compiled_decoder_is_refused_or_decodes_the_whole_clip(compile_it: Any
     with pytest.warns(UserWarning, match="decoding the whole clip at once: the VAE's decoder is compiled"):
         torch.testing.assert_close(decoded(pipe, latents), whole)
     handle.remove()
-    with pytest.raises(ValueError, match=r"decoder is compiled, .* tile a decoder that is not compiled"):
+    with pytest.raises(ValueError, match=r"decoder is compiled, .* tile one that is not compiled"):
         litefocus.tile_decoding(pipe)
     assert tiles_of(pipe) is None
     assert "decode" not in before
