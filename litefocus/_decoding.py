@@ -27,26 +27,29 @@ from litefocus._registry import Handle, Setting, current
 from litefocus._target import LatentGeometry, latent_geometry, vae_and_vocoder, vaes, waveform_makers
 
 VAE_METHODS = ("decode", "encode")
+OVERLAP = 16  # latent frames, about the reach of the published VAEs' convolutions
 
 
-def tile_decoding(pipe: Any, seconds: float = 10.24, overlap: float = 0.64) -> TiledDecoding:
-    """Decode long clips in tiles of time, in place: memory is that of one tile of one clip.
+def tile_decoding(pipe: Any, seconds: float = 10.24, overlap: float | None = None) -> TiledDecoding:
+    """Decode, and encode, long clips in tiles of time, in place: memory is that of one tile of one clip.
 
-    Clips of up to one tile are decoded as before, to the bit. Longer ones differ in the vocoder by rounding, in the VAE
-    by less than 0.02 nats of log-mel on average, and take the VAE twice as long. While autograd records, because the
-    latents or the weights require gradients, clips are decoded whole.
+    Clips of up to one tile are computed as before, to the bit. Longer ones differ in the vocoder by rounding, in the
+    VAE by less than 0.02 nats of log-mel, or 0.02 standard deviations of the latents, on average, and take the VAE
+    twice as long. While autograd records, because the input or the weights require gradients, clips are computed whole.
 
-    What the pipeline calls is tiled: `vae.decode`, and `mel_spectrogram_to_waveform` or `decode_to_waveform`. A vocoder
-    that is called directly is not. Tiling again replaces the settings; `with litefocus.tile_decoding(pipe):` tiles for
-    the block alone, as `patch` does. Pipelines that share a VAE share its tiles, and so may threads.
+    What pipelines call is tiled: `vae.decode`, `mel_spectrogram_to_waveform` or `decode_to_waveform`, and `vae.encode`
+    of (batch, 1, mel frames, mel bins), also that of the second VAE that AudioSR encodes with. A vocoder that is called
+    directly is not. Tiling again replaces the settings; `with litefocus.tile_decoding(pipe):` tiles for the block
+    alone, as `patch` does. Pipelines that share a VAE share its tiles, and so may threads.
 
     Args:
         pipe: an AudioLDM, AudioLDM 2 or MusicLDM pipeline of diffusers, a Tango, Tango 2 or Mustango object, or a
-            `LatentDiffusion` of the authors' audioldm and audioldm2 packages.
-        seconds: the longest stretch of a clip that is decoded at once; a clip is divided evenly. The default is the
+            `LatentDiffusion` of the authors' audioldm, audioldm2 and audiosr packages.
+        seconds: the longest stretch of a clip that is computed at once; a clip is divided evenly. The default is the
             length that the published VAEs were trained on.
-        overlap: seconds that the VAE decodes beyond a tile on either side, where neighbours are cross-faded. The
-            default is the reach of the published VAEs' convolutions.
+        overlap: seconds that the VAE computes beyond a tile on either side. Neighbours are cross-faded over the half
+            next to their seam. The default is 16 latent frames, about the reach of the published VAEs' convolutions:
+            0.64 s, and 1.28 s in models of 48 kHz.
 
     Returns:
         The handle: `handle.remove()` takes the tiles off, as `unpatch` does, and so does the end of its `with` block.
@@ -54,8 +57,8 @@ def tile_decoding(pipe: Any, seconds: float = 10.24, overlap: float = 0.64) -> T
     Raises:
         TypeError: for an object without such a VAE and vocoder, and for what is no number.
         ValueError: unless both are finite, `overlap` is at least 0, and `seconds` is at least one latent frame and four
-            times `overlap`; for a VAE decoder that is compiled. One that is compiled later decodes whole, with a
-            warning. After an error the pipeline is as it was.
+            times `overlap`; for a VAE whose encoder or decoder is compiled. One that is compiled later computes whole
+            clips, with a warning. After an error the pipeline is as it was.
 
     >>> import litefocus
     >>> from diffusers import AudioLDM2Pipeline
@@ -65,7 +68,7 @@ def tile_decoding(pipe: Any, seconds: float = 10.24, overlap: float = 0.64) -> T
     >>> audio.shape
     (96000,)
     """
-    for name, value in (("seconds", seconds), ("overlap", overlap)):
+    for name, value in (("seconds", seconds), ("overlap", 0 if overlap is None else overlap)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
     geometry, makers, vae = latent_geometry(pipe), waveform_makers(pipe), vae_and_vocoder(pipe)[0]
@@ -75,9 +78,10 @@ def tile_decoding(pipe: Any, seconds: float = 10.24, overlap: float = 0.64) -> T
             "HiFi-GAN vocoder that litefocus knows; tile_decoding takes AudioLDM, AudioLDM 2 and MusicLDM pipelines of "
             "diffusers, Tango, Tango 2 and Mustango objects, and the LatentDiffusion of the original AudioLDM code"
         )
+    frame = geometry.latent_frame
+    overlap = OVERLAP * frame if overlap is None else overlap
     if not (math.isfinite(overlap) and overlap >= 0):
         raise ValueError(f"overlap must be finite and at least 0 seconds, got {overlap!r}")
-    frame = geometry.latent_frame
     if not (math.isfinite(seconds) and round(seconds / frame) >= max(1, 4 * round(overlap / frame))):
         raise ValueError(
             f"seconds must be finite, at least one latent frame ({frame:g} s) and at least four times the overlap "
@@ -250,10 +254,11 @@ class Tiles(Setting):
                     part = run(clip.narrow(-2, step * first, step * window + rest))
         scale = part.shape[2] // window
         whole = torch.zeros(1, part.shape[1], scale * frames, part.shape[3], dtype=part.dtype)
-        ramp = (torch.arange(2 * overlap * scale, dtype=part.dtype)[:, None] + 0.5) / (2 * overlap * scale or 1)
+        fade = (overlap + 1) // 2  # next to its ends, a tile lacks what convolutions would read beyond them
+        ramp = (torch.arange(2 * fade * scale, dtype=part.dtype)[:, None] + 0.5) / (2 * fade * scale or 1)
         del part
         for first, start, stop in spans:
-            begin, end = max(0, start - overlap), min(frames, stop + overlap)
+            begin, end = max(0, start - fade), min(frames, stop + fade)
             with norms.normalize():
                 part = run(clip.narrow(-2, step * first, step * window + rest))
             part = part[:, :, scale * (begin - first) : scale * (end - first)].cpu()
