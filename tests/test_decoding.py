@@ -588,22 +588,23 @@ def test_latents_of_audiosr(superres: Any, which: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
 def test_audiosr_from_clip_to_clip(superres: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own `generate_batch`, patched and in four tiles."""
+    """Its own `super_resolution` from where a file was read, patched and in two tiles."""
+    pipeline = authors("audiosr", "pipeline")
+    monkeypatch.setattr(pipeline, "make_batch_for_super_resolution", lambda *_, **__: (audiosr_batch(256), 2.56))
+    monkeypatch.setattr(pipeline, "seed_everything", torch.manual_seed)
     hand_in(monkeypatch, min_keys_saved=1)
 
     def generate() -> Any:
-        torch.manual_seed(0)
-        batch = audiosr_batch(256)
-        return superres.generate_batch(batch, unconditional_guidance_scale=3.5, ddim_steps=2, duration=2.56)
+        return pipeline.super_resolution(superres, "clip.wav", ddim_steps=2)
 
     dense = generate()
     litefocus.patch(superres, min_sampled=0)
     focused = generate()
-    litefocus.tile_decoding(superres, seconds=0.64, overlap=0.16)
+    litefocus.tile_decoding(superres, seconds=1.28, overlap=0.32)
     vae, second = superres.first_stage_model, superres.cond_stage_models[0].vae
     recorders = [record(part, "forward") for part in (vae.encoder, second.encoder, vae.decoder)]
     tiled = generate()
-    assert [frames_of(recorder) for recorder in recorders] == [[96] * 8, [96] * 8, [12] * 8]
+    assert [frames_of(recorder) for recorder in recorders] == [[192] * 4, [192] * 4, [24] * 4]
     assert {layer.state for layer in litefocus.status(superres).layers} == {"focus"}
     assert tiled.shape == dense.shape == (1, 1, 256 * 480 + 16)
     error, far = (np.abs(wave - focused).mean() for wave in (tiled, dense))

@@ -107,12 +107,13 @@ class Placeholder(ModuleType):
         return None
 
 
-# audiosr imports them beside what `generate_batch` runs: files and their spectrograms, training, CLAP, AudioMAE
+# audiosr imports them, and `super_resolution` calls none once it has read its file
 NOT_CALLED = (
     *("librosa", "librosa.filters", "librosa.util", "torchaudio", "torchvision", "torchvision.utils"),
     *("audiosr.utilities.data", "audiosr.utilities.tools", "audiosr.clap.open_clip", "audiosr.clap.training.data"),
     "audiosr.latent_diffusion.modules.audiomae.AudioMAE",
     "audiosr.latent_diffusion.modules.phoneme_encoder.encoder",
+    *("unidecode", "phonemizer"),
 )
 
 
@@ -147,7 +148,7 @@ def audiosr() -> Any:
     """
     with placeholders():
         ddpm = authors("audiosr", "latent_diffusion.models.ddpm")
-        authors("audiosr", "latent_encoder.autoencoder")
+        authors("audiosr", "latent_encoder.autoencoder"), authors("audiosr", "pipeline")
         config = authors("audiosr", "utils").get_basic_config()["model"]["params"]
         vocoders = authors("audiosr", "utilities.model")
     ddpm.librosa = Librosa
@@ -164,7 +165,7 @@ def audiosr() -> Any:
         model = ddpm.LatentDiffusion(**config, device="cpu", use_ema=False).eval()
     random_weights(model.model)
     for parameter in model.first_stage_model.vocoder.parameters():
-        nn.init.normal_(parameter, std=0.1)
+        nn.init.normal_(parameter, std=0.2)
     return model
 
 
