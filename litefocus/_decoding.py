@@ -1,9 +1,10 @@
 """Encoding and decoding in tiles of time: VAE and vocoder in the memory of one tile, whatever the length of the clip.
 
 A vocoder is convolutions alone: tiles that overlap by their reach yield what the whole clip yields. Encoder and decoder
-of a VAE also have group norms over the whole clip. So their tiles are computed twice, first to accumulate the moments
-of every group norm, then with them, and neighbours are cross-faded. Two differences from the whole clip remain: the
-moments are estimates, and attention in the middle block sees one tile.
+of a VAE also have group norms over the whole clip. So their tiles are computed several times: every pass accumulates
+the moments of each group norm, and uses those of the pass before, until they stay the same. Pass n has the exact
+moments of at least n - 1 norms, so it ends; clips of even loudness take two. Neighbours are cross-faded. What remains
+different is attention in the middle block, which sees one tile.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from litefocus._registry import Handle, Setting, current
 from litefocus._target import LatentGeometry, latent_geometry, vae_and_vocoder, vaes, waveform_makers
 
 VAE_METHODS = ("decode", "encode")
+SETTLED = 0.01  # standard deviations that moments of a norm may change by from the last pass but one to the last
 OVERLAP = 16  # latent frames, about the reach of the published VAEs' convolutions
 
 
@@ -34,8 +36,9 @@ def tile_decoding(pipe: Any, seconds: float = 10.24, overlap: float | None = Non
     """Decode, and encode, long clips in tiles of time, in place: memory is that of one tile of one clip.
 
     Clips of up to one tile are computed as before, to the bit. Longer ones differ in the vocoder by rounding, in the
-    VAE by less than 0.02 nats of log-mel, or 0.02 standard deviations of the latents, on average, and take the VAE
-    twice as long. While autograd records, because the input or the weights require gradients, clips are computed whole.
+    VAE by less than 0.02 nats of log-mel, or 0.02 standard deviations of the latents, on average. They take the VAE
+    twice as long, or some times more where loudness changes much, as from music to silence. While autograd records,
+    because the input or the weights require gradients, clips are computed whole.
 
     What pipelines call is tiled: `vae.decode`, `mel_spectrogram_to_waveform` or `decode_to_waveform`, and `vae.encode`
     of (batch, 1, mel frames, mel bins), also that of the second VAE that AudioSR encodes with. A vocoder that is called
@@ -247,27 +250,27 @@ class Tiles(Setting):
         spans, window = self.spans(frames, longest, overlap)
         step = self.geometry.vae_scale_factor if method == "encode" else 1
         rest = clip.shape[-2] - step * frames  # too short for a latent frame, but the last one depends on it
-        norms = _ClipNorms(window)
-        with torch.no_grad():
-            for first, start, stop in spans:
-                with norms.accumulate(start - first, stop - first):
-                    part = run(clip.narrow(-2, step * first, step * window + rest))
-        scale = part.shape[2] // window
-        whole = torch.zeros(1, part.shape[1], scale * frames, part.shape[3], dtype=part.dtype)
         fade = (overlap + 1) // 2  # next to its ends, a tile lacks what convolutions would read beyond them
-        ramp = (torch.arange(2 * fade * scale, dtype=part.dtype)[:, None] + 0.5) / (2 * fade * scale or 1)
-        del part
-        for first, start, stop in spans:
-            begin, end = max(0, start - fade), min(frames, stop + fade)
-            with norms.normalize():
-                part = run(clip.narrow(-2, step * first, step * window + rest))
-            part = part[:, :, scale * (begin - first) : scale * (end - first)].cpu()
-            weight = torch.ones(part.shape[2], 1, dtype=part.dtype)
-            if start > 0:
-                weight[: len(ramp)] = ramp
-            if stop < frames:
-                weight[len(weight) - len(ramp) :] = 1 - ramp
-            whole[:, :, scale * begin : scale * end] += part * weight
+        norms = _ClipNorms(window)
+        while not norms.settled:
+            whole = None
+            for first, start, stop in spans:
+                with torch.no_grad(), norms.tile(start - first, stop - first):
+                    part = run(clip.narrow(-2, step * first, step * window + rest))
+                scale = part.shape[2] // window
+                begin, end = max(0, start - fade), min(frames, stop + fade)
+                if whole is None:
+                    whole = torch.zeros(1, part.shape[1], scale * frames, part.shape[3], dtype=part.dtype)
+                    ramp = (torch.arange(2 * fade * scale, dtype=part.dtype)[:, None] + 0.5) / (2 * fade * scale or 1)
+                part = part[:, :, scale * (begin - first) : scale * (end - first)].cpu()
+                weight = torch.ones(part.shape[2], 1, dtype=part.dtype)
+                if start > 0:
+                    weight[: len(ramp)] = ramp
+                if stop < frames:
+                    weight[len(weight) - len(ramp) :] = 1 - ramp
+                whole[:, :, scale * begin : scale * end] += part * weight
+            norms.end_pass()
+        assert whole is not None
         return whole
 
 
@@ -346,17 +349,27 @@ class _ClipNorms(TorchFunctionMode):
 
     def __init__(self, window: int) -> None:
         super().__init__()
-        self.window = window
-        self.moments: dict[int, Tensor] = {}  # (3, groups): sums over frames of one, of mean, and of mean of squares
+        self.window, self.passes, self.settled = window, 0, False
+        self.sums: dict[int, Tensor] = {}  # (3, groups), over frames: of one, of their mean, of their mean of squares
+        self.moments: dict[int, Tensor] = {}  # (2, groups): mean and standard deviation, of the pass before
 
-    def accumulate(self, start: int, stop: int) -> _ClipNorms:
-        """For one tile: use its own moments, and add those of its frames start to stop to the clip's."""
+    def tile(self, start: int, stop: int) -> _ClipNorms:
+        """For one tile, whose frames start to stop are its own part of the clip."""
         self.start, self.stop, self.calls = start, stop, 0
         return self
 
-    def normalize(self) -> _ClipNorms:
-        """For one tile: normalize by the moments that were accumulated."""
-        return self.accumulate(0, 0)
+    def end_pass(self) -> None:
+        """Settled if no norm's moments have changed, or if every norm has had a pass of its own."""
+        before, self.moments = self.moments, {index: self._moments(sums) for index, sums in self.sums.items()}
+        pairs = [(self.moments[index], old) for index, old in before.items()]
+        self.passes, self.sums = self.passes + 1, {}
+        changed = not before or any(((new - old).abs() > SETTLED * new[1].clamp(min=1e-3)).any() for new, old in pairs)
+        self.settled = not changed or self.passes > len(self.moments)
+
+    @staticmethod
+    def _moments(sums: Tensor) -> Tensor:
+        mean, square = sums[1:] / sums[0]
+        return torch.stack([mean, (square - mean**2).clamp(min=0).sqrt()])
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         return (self.group_norm if func is F.group_norm else func)(*args, **(kwargs or {}))
@@ -367,17 +380,15 @@ class _ClipNorms(TorchFunctionMode):
         """x: (1, channels, frames, bins), or tokens for both, frame after frame."""
         index, self.calls = self.calls, self.calls + 1
         dtype = torch.promote_types(x.dtype, torch.float32)
-        if self.stop:
-            step = x.shape[2] // self.window
-            # to the end of a window that its own part ends, whose last frames may be too few for a latent frame
-            own = x[0, :, step * self.start : None if self.stop == self.window else step * self.stop]
-            dims = tuple(range(1, own.ndim + 1))
-            var, mean = torch.var_mean(own.view(num_groups, -1, *own.shape[1:]).to(dtype), dim=dims, correction=0)
-            moments = own.shape[1] * torch.stack([torch.ones_like(mean), mean, var + mean**2])
-            self.moments[index] = self.moments.get(index, 0) + moments
-        else:
-            moments = self.moments[index]
-        mean, square = (moments[1:] / moments[0]).repeat_interleave(x.shape[1] // num_groups, dim=1)
+        step = x.shape[2] // self.window
+        # to the end of a window that its own part ends, whose last frames may be too few for a latent frame
+        own = x[0, :, step * self.start : None if self.stop == self.window else step * self.stop]
+        dims = tuple(range(1, own.ndim + 1))
+        var, mean = torch.var_mean(own.view(num_groups, -1, *own.shape[1:]).to(dtype), dim=dims, correction=0)
+        sums = own.shape[1] * torch.stack([torch.ones_like(mean), mean, var + mean**2])
+        self.sums[index] = self.sums.get(index, 0) + sums
+        moments = self.moments[index] if self.passes else self._moments(sums)
+        mean, deviation = moments.repeat_interleave(x.shape[1] // num_groups, dim=1)
         weight, bias = (None if given is None else given.to(dtype) for given in (weight, bias))
         # normalising with moments that are given is what batch norm does in evaluation
-        return F.batch_norm(x, mean, (square - mean**2).clamp(min=0), weight, bias, eps=eps)
+        return F.batch_norm(x, mean, deviation**2, weight, bias, eps=eps)

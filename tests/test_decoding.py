@@ -604,7 +604,7 @@ def test_audiosr_from_clip_to_clip(superres: Any, monkeypatch: pytest.MonkeyPatc
     vae, second = superres.first_stage_model, superres.cond_stage_models[0].vae
     recorders = [record(part, "forward") for part in (vae.encoder, second.encoder, vae.decoder)]
     tiled = generate()
-    assert [frames_of(recorder) for recorder in recorders] == [[192] * 4, [192] * 4, [24] * 4]
+    assert [set(frames_of(recorder)) for recorder in recorders] == [{192}, {192}, {24}]
     assert {layer.state for layer in litefocus.status(superres).layers} == {"focus"}
     assert tiled.shape == dense.shape == (1, 1, 256 * 480 + 16)
     error, far = (np.abs(wave - focused).mean() for wave in (tiled, dense))
