@@ -28,7 +28,7 @@ from litefocus._registry import Handle, Setting, current
 from litefocus._target import LatentGeometry, latent_geometry, vae_and_vocoder, vaes, waveform_makers
 
 VAE_METHODS = ("decode", "encode")
-SETTLED = 0.01  # standard deviations that moments of a norm may change by from the last pass but one to the last
+SETTLED = 0.01  # of a standard deviation: moments of a group norm that change by less are the clip's
 OVERLAP = 16  # latent frames, about the reach of the published VAEs' convolutions
 
 
@@ -359,12 +359,15 @@ class _ClipNorms(TorchFunctionMode):
         return self
 
     def end_pass(self) -> None:
-        """Settled if no norm's moments have changed, or if every norm has had a pass of its own."""
+        """Settled if no norm's moments have changed, or after a pass for every norm and one more."""
         before, self.moments = self.moments, {index: self._moments(sums) for index, sums in self.sums.items()}
-        pairs = [(self.moments[index], old) for index, old in before.items()]
         self.passes, self.sums = self.passes + 1, {}
-        changed = not before or any(((new - old).abs() > SETTLED * new[1].clamp(min=1e-3)).any() for new, old in pairs)
+        changed = not before or any(self._changed(old, self.moments[index]) for index, old in before.items())
         self.settled = not changed or self.passes > len(self.moments)
+
+    @staticmethod
+    def _changed(old: Tensor, new: Tensor) -> bool:
+        return bool(((new - old).abs() > SETTLED * new[1].clamp(min=1e-3)).any())
 
     @staticmethod
     def _moments(sums: Tensor) -> Tensor:

@@ -170,9 +170,9 @@ def audiosr() -> Any:
 
 
 def audiosr_batch(frames: int, bins: int = 256, hop: int = 480) -> dict[str, Any]:
-    """What its `make_batch_for_super_resolution` makes of a file: of noise that swells and fades, half its band."""
+    """What its `make_batch_for_super_resolution` makes of a file: of noise in bursts, half its band."""
     generator = torch.Generator().manual_seed(1)
-    loudness = 3 * torch.sin(torch.arange(frames) / 20)[:, None] - 6
+    loudness = 3 * torch.sin(torch.arange(frames) / 4)[:, None] - 6
     mel = loudness + torch.randn(1, frames, bins, generator=generator)
     wave = torch.randn(1, 1, frames * hop, generator=generator)
     spectrum = torch.fft.rfft(wave)
