@@ -36,9 +36,10 @@ def tile_decoding(pipe: Any, seconds: float = 10.24, overlap: float | None = Non
     """Decode, and encode, long clips in tiles of time, in place: memory is that of one tile of one clip.
 
     Clips of up to one tile are computed as before, to the bit. Longer ones differ in the vocoder by rounding, in the
-    VAE by less than 0.02 nats of log-mel, or 0.02 standard deviations of the latents, on average. They take the VAE
-    twice as long, or some times more where loudness changes much, as from music to silence. While autograd records,
-    because the input or the weights require gradients, clips are computed whole.
+    VAE by less than 0.02 nats of log-mel, or 0.02 standard deviations of the latents, on average (measured on a small
+    trained VAE); attention in its middle block sees one tile. They take the VAE twice as long, or several times where
+    loudness changes much, as from music to silence. While autograd records, because the input or the weights require
+    gradients, clips are computed whole.
 
     What pipelines call is tiled: `vae.decode`, `mel_spectrogram_to_waveform` or `decode_to_waveform`, and `vae.encode`
     of (batch, 1, mel frames, mel bins), also that of the second VAE that AudioSR encodes with. A vocoder that is called
@@ -230,7 +231,7 @@ class Tiles(Setting):
         return torch.cat(waves) if isinstance(part, Tensor) else np.concatenate(waves)
 
     def by_vae(self, method: str, call: Callable[[Tensor], Any], x: Tensor) -> Any:
-        """Group norms with the moments of the whole clip, and a cross-fade over the overlap of neighbours.
+        """Group norms with the moments of the whole clip, and a cross-fade of neighbours.
 
         x: (batch, channels, frames, bins), a mel spectrogram to encode, or latents. Returns what `call` does.
         """

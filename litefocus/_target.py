@@ -179,8 +179,8 @@ def vae_and_vocoder(pipe: Any) -> tuple[Any, Any]:
 
 def vaes(pipe: Any) -> list[Any]:
     """The VAE that decodes, None where there is none, and those that encode what AudioSR is conditioned on."""
-    stages = getattr(pipe, "cond_stage_models", ())
-    return [vae_and_vocoder(pipe)[0], *(unwrapped(stage.vae) for stage in stages if hasattr(stage, "vae"))]
+    found = (unwrapped(getattr(stage, "vae", None)) for stage in getattr(pipe, "cond_stage_models", ()))
+    return [vae_and_vocoder(pipe)[0], *(vae for vae in found if vae is not None)]
 
 
 def waveform_makers(pipe: Any) -> list[tuple[Any, str]]:

@@ -525,6 +525,7 @@ def test_threads_share_the_tiles(small, latents) -> None:
 @pytest.fixture
 def authors_vae(monkeypatch: pytest.MonkeyPatch) -> Any:
     """AudioLDM's own VAE with its vocoder, which Tango has too, with attention in the middle block; small widths."""
+    monkeypatch.setattr(_decoding, "SETTLED", 0.05)  # random weights magnify any change of a norm's moments
     utilities = authors("audioldm", "hifigan.utilities")
     monkeypatch.setitem(utilities.HIFIGAN_16K_64, "upsample_initial_channel", 32)
     torch.manual_seed(0)
