@@ -116,9 +116,17 @@ def decoding(pipe: Any, length: float, tiled: bool) -> float | None:
     return _decoding.decoding_bytes(pipe, length, (10.24, 0.64) if tiled else None)
 
 
+def encoding(length: float, tiled: bool) -> float | None:
+    """Bytes of encoding a clip by AudioSR's VAE, as they were counted."""
+    row = row_of(read(HERE / "encoding.json", "rows")["rows"], seconds=length, tiled=tiled)
+    return None if row is None else row["bytes"]
+
+
 def gibibytes(size: float) -> str:
-    """With one decimal."""
-    return f"{size / 2**30:.1f} GiB" if size >= 0.05 * 2**30 else "< 0.1 GiB"
+    """With one decimal, or none from 100 on."""
+    if size < 0.05 * 2**30:
+        return "< 0.1 GiB"
+    return f"{size / 2**30:.1f} GiB" if size < 100 * 2**30 else f"{size / 2**30:.0f} GiB"
 
 
 def memory() -> str:
@@ -130,6 +138,8 @@ def memory() -> str:
         "a UNet step, patched": [None if row is None else row["peak_mb"] / 2 * 1e6 for row in steps],
         "decoding, whole": [decoding(pipe, length, tiled=False) for length in SECONDS],
         "decoding, `tile_decoding`": [decoding(pipe, length, tiled=True) for length in SECONDS],
+        "AudioSR in float32: encoding, whole": [encoding(length, tiled=False) for length in SECONDS],
+        "AudioSR in float32: encoding, `tile_decoding`": [encoding(length, tiled=True) for length in SECONDS],
     }
     cells = [
         [name, *("not measured" if size is None else gibibytes(size) for size in sizes)] for name, sizes in rows.items()

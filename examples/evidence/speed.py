@@ -108,17 +108,17 @@ QUEUED = 0.05  # seconds of work between two events, so that starting it does no
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts how many bytes of tensors allocated inside live at once (`peak`), on any device."""
+    """Counts how many bytes of tensors allocated inside live at once (`peak`), on any device, also of fake tensors."""
 
     live = peak = 0
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        inputs = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+        inputs = {x.untyped_storage()._cdata for x in args if isinstance(x, Tensor)}
         outputs = func(*args, **(kwargs or {}))
         for x in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
-            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in inputs:
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in inputs:
                 self.live += x.untyped_storage().nbytes()
                 self.peak = max(self.peak, self.live)
                 weakref.finalize(x.untyped_storage(), self._free, x.untyped_storage().nbytes())
