@@ -100,7 +100,7 @@ class Status(Table):
         if self.config.time_window is not None and self.frames > self.config.time_window:
             if not self.config.far_sampled:
                 return (
-                    "advice: with far_sampled=0 a query attends to nothing outside of its time window; leave it at 16"
+                    "advice: with far_sampled=0 a query attends to nothing outside of its time window; leave it at 8"
                 )
             if not self.config.reweight:
                 return "advice: without reweight, sampled keys weigh too little; leave it on"
@@ -176,7 +176,7 @@ def status(pipe: Any, seconds: float | None = None) -> Status:
     >>> handle = litefocus.patch(pipe)
     >>> status = litefocus.status(pipe, seconds=80)
     >>> status.layers[0].state, status.layers[0].frames, round(status.layers[0].keys_kept, 3)
-    ('focus', 1000, 0.097)
+    ('focus', 1000, 0.049)
     """
     found, tiles = status_of(resolve(pipe), seconds), tiles_of(pipe)
     sizes = None if tiles is None else (tiles.seconds, tiles.overlap)

@@ -62,7 +62,7 @@ def _refuse_unknown_fields(cls: type[T]) -> type[T]:
 class LiteFocusConfig:
     """Settings of LiteFocus attention (arXiv 2407.10468). Immutable; derive others with `dataclasses.replace`.
 
-    The defaults fit every length: up to half a minute the paper's focus sets with weighted samples, beyond that a time
+    The defaults fit every length: up to 15 seconds the paper's focus sets with weighted samples, beyond that a time
     window with a weighted sample of the rest of the clip. `LiteFocusConfig.paper()` is the method as published.
 
     Args:
@@ -77,7 +77,7 @@ class LiteFocusConfig:
         time_window: length in latent frames, half before and half after a query, of the window in which it attends to
             all of its own bin and to the sample of the others; None for the whole clip. Counted at the UNet's input (25
             frames a second in AudioLDM-style models), halved at every level, clamped at the ends of the clip. A block
-            of queries shares one window, which is wider: 768 frames for 512. Clips up to that length (31 s) have no
+            of queries shares one window, which is wider: 384 frames for 256. Clips up to that length (15 s) have no
             window. With a window, cost grows linearly with the clip.
         far_sampled: frames of every bin (of the own alone, if others are not sampled) that are sampled outside of the
             time window. At 0 a query attends to nothing there.
@@ -100,10 +100,10 @@ class LiteFocusConfig:
     same_frequency: bool = True
     cross_frequency: bool = True
     sparse_ratio: float = 0.1
-    min_sampled: int = 32
+    min_sampled: int = 16
     reweight: bool = True
-    time_window: int | None = 512
-    far_sampled: int = 16
+    time_window: int | None = 256
+    far_sampled: int = 8
     min_freq_bins: int = 2
     seed: int = 0
 

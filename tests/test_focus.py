@@ -245,7 +245,7 @@ def test_weights_make_every_pair_count_once_on_average(time_window, same, cross,
 
 def test_a_floor_on_the_sample_and_never_more_than_there_is() -> None:
     """c = max(min_sampled, r T), at most T."""
-    for num_frames, sampled in [(1000, 100), (320, 32), (100, 32), (32, 32), (5, 5)]:
+    for num_frames, sampled in [(1000, 100), (160, 16), (100, 16), (16, 16), (5, 5)]:
         config = LiteFocusConfig(time_window=None)
         focus = focus_set(num_frames, 2, config)
         assert focus.keys_per_query == num_frames + sampled
@@ -263,14 +263,14 @@ def test_a_floor_on_the_sample_and_never_more_than_there_is() -> None:
 
 
 def test_the_default_at_ten_minutes() -> None:
-    """A window of 768 frames at 8 bins (time_window 512 there): 768 own + 7 x 77 + 8 x 16 keys at any length."""
+    """A window of 384 frames at 8 bins (time_window 256 there): 384 own + 7 x 38 + 8 x 8 keys at any length."""
     for num_frames in (7500, 15000):
-        focus = focus_set(num_frames, 8, LiteFocusConfig(time_window=512))
-        assert focus.keys_per_query == 768 + 7 * 77 + 8 * 16
-        own, near, far = focus.log_weights.exp().split([768, 7 * 77, 8 * 16])
+        focus = focus_set(num_frames, 8, LiteFocusConfig())
+        assert focus.keys_per_query == 384 + 7 * 38 + 8 * 8
+        own, near, far = focus.log_weights.exp().split([384, 7 * 38, 8 * 8])
         assert own.unique().tolist() == [1]
-        assert near.view(7, 77).sum(dim=1).tolist() == pytest.approx([768] * 7)
-        assert far.view(8, 16).sum(dim=1).tolist() == pytest.approx([num_frames - 768] * 8)
+        assert near.view(7, 38).sum(dim=1).tolist() == pytest.approx([384] * 7)
+        assert far.view(8, 8).sum(dim=1).tolist() == pytest.approx([num_frames - 384] * 8)
 
 
 def test_a_sample_has_a_frame_of_every_stretch_of_the_clip() -> None:

@@ -96,7 +96,7 @@ def test_in_a_notebook(pipe) -> None:
         ({}, 10, None),
         ({}, 600, None),
         ({"time_window": None}, 20, None),
-        ({"time_window": None}, 600, "grows with the square of the length; leave time_window at its default of 512"),
+        ({"time_window": None}, 600, "grows with the square of the length; leave time_window at its default of 256"),
         ({"far_sampled": 0}, 600, "with far_sampled=0 a query attends to nothing outside of its time window"),
         ({"reweight": False}, 600, "without reweight, sampled keys weigh too little; leave it on"),
         ({}, 36000, "litefocus.tile_decoding(pipe) decodes in the memory of one tile"),

@@ -20,6 +20,7 @@ mean squared distance between embeddings of its 2.56 s windows, where windows of
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -28,7 +29,6 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ TIMESTEPS = (500, 901)
 # ----------------------------------------------------------------------------------------------------- methods
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Method:
     """A way to run self-attention.
 
@@ -128,7 +128,9 @@ class Method:
         return running(pipe, self.how, NATIVE, self.samples)
 
 
-DEFAULT = LiteFocusConfig()
+PUBLISHED = 256  # latent frames of the native length of published models
+# The default in proportion: the trained models' native length is shorter than that of published ones.
+DEFAULT = dataclasses.replace(LiteFocusConfig(), time_window=(LiteFocusConfig().time_window or 0) * NATIVE // PUBLISHED)
 WAYS: dict[str, Method] = {
     "dense": Method(),
     "litefocus": Method(DEFAULT),
@@ -257,7 +259,7 @@ def real(pipe: AudioLDM2Pipeline, count: int, times: int, seed: int, args: argpa
 # --------------------------------------------------------------------------------------------------- listening
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Heard:
     """What the judge and the embedder make of clips.
 
