@@ -35,7 +35,8 @@ with interruptible():
     import torch
     from methods import flop_ratio
 
-    from litefocus import _decoding
+    import litefocus
+    from litefocus import _decoding, _grid
 
 README = EXAMPLES.parent / "README.md"
 MARKED = re.compile(r"(<!-- (figures|memory|allocator) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
@@ -122,6 +123,22 @@ def encoding(length: float, tiled: bool) -> float | None:
     return None if row is None else row["bytes"]
 
 
+def focus_sets(length: float) -> float:
+    """Bytes of the focus sets of all layers after a few steps."""
+    frames = round(25 * length)
+    with litefocus.patch(timed_model()) as patch:
+        grids = patch._setting.grids.values()
+        kept: dict[int, int] = {}
+        for grid in grids:
+            size = (_grid.halved(frames, grid.level), _grid.halved(16, grid.level))
+            for sample in range(grid.num_samples if grid.keys_kept(*size) < 1 else 0):
+                grid.focus_set(*size, torch.device("cpu"), sample)
+            for built in grid._built.values():
+                tensors = (built.focus.queries, built.focus.keys, built.focus.inverse)
+                kept |= {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+        return sum(kept.values())
+
+
 def gibibytes(size: float) -> str:
     """With one decimal, or none from 100 on."""
     if size < 0.05 * 2**30:
@@ -136,6 +153,7 @@ def memory() -> str:
     steps = [row_of(times, model=TIMED, method="litefocus", seconds=length, dtype="float32") for length in SECONDS]
     rows = {
         "a UNet step, patched": [None if row is None else row["peak_mb"] / 2 * 1e6 for row in steps],
+        "its focus sets": [focus_sets(length) for length in SECONDS],
         "decoding, whole": [decoding(pipe, length, tiled=False) for length in SECONDS],
         "decoding, `tile_decoding`": [decoding(pipe, length, tiled=True) for length in SECONDS],
         "AudioSR in float32: encoding, whole": [encoding(length, tiled=False) for length in SECONDS],
