@@ -120,14 +120,15 @@ def focus_set(
     """The focus sets of a grid of `num_frames` x `freq_bins` tokens, on the CPU.
 
     The sample takes c = max(1, min_sampled, round(sparse_ratio * T)) frames of every other bin, at most all T =
-    num_frames, without replacement. So all sets have T + (F - 1) c keys. A key of the own bin weighs 1, a sampled one
-    T / c: numerator and denominator of the softmax are then unbiased estimates of dense attention's, whatever the
-    attention looks like.
+    num_frames: a random one of each of c stretches of the clip, of equal length but for one frame (stratified
+    sampling). So all sets have T + (F - 1) c keys. A key of the own bin weighs 1, a sampled one the length of its
+    stretch, about T / c: numerator and denominator of the softmax are then unbiased estimates of dense attention's,
+    whatever the attention looks like.
 
     With a time window, frames are cut into blocks. The queries of a block share a window of n frames, which extends at
     least `time_window` / 2 to either side of every query, clamped at the ends of the clip. A set then has three
-    strata: the n frames of the own bin (weight 1), c of n of every other bin (n / c), and m = `far_sampled` of the
-    T - n frames outside of the window of every bin, the own included ((T - n) / m). The last block ends with the clip,
+    parts: the n frames of the own bin (weight 1), c of n of every other bin (about n / c), and m = `far_sampled` of
+    the T - n frames outside of the window of every bin, the own included (about (T - n) / m). The last block ends with the clip,
     and overlaps the one before where the clip is no multiple of a block.
 
     Without other bins (`cross_frequency=False` or `sparse_ratio=0`) the far sample is of the own bin alone; with
