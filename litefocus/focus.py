@@ -128,8 +128,8 @@ def focus_set(
     With a time window, frames are cut into blocks. The queries of a block share a window of n frames, which extends at
     least `time_window` / 2 to either side of every query, clamped at the ends of the clip. A set then has three
     parts: the n frames of the own bin (weight 1), c of n of every other bin (about n / c), and m = `far_sampled` of
-    the T - n frames outside of the window of every bin, the own included (about (T - n) / m). The last block ends with the clip,
-    and overlaps the one before where the clip is no multiple of a block.
+    the T - n frames outside of the window of every bin, the own included (about (T - n) / m). The last block ends with
+    the clip, and overlaps the one before where the clip is no multiple of a block.
 
     Without other bins (`cross_frequency=False` or `sparse_ratio=0`) the far sample is of the own bin alone; with
     `same_frequency=False` the own bin is sampled like all others.

@@ -16,7 +16,7 @@ DEFAULTS = {
     "same_frequency": True,
     "cross_frequency": True,
     "sparse_ratio": 0.1,
-    "min_sampled": 16,
+    "min_sampled": 24,
     "reweight": True,
     "time_window": 256,
     "far_sampled": 8,

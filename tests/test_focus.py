@@ -245,7 +245,7 @@ def test_weights_make_every_pair_count_once_on_average(time_window, same, cross,
 
 def test_a_floor_on_the_sample_and_never_more_than_there_is() -> None:
     """c = max(min_sampled, r T), at most T."""
-    for num_frames, sampled in [(1000, 100), (160, 16), (100, 16), (16, 16), (5, 5)]:
+    for num_frames, sampled in [(1000, 100), (240, 24), (100, 24), (24, 24), (5, 5)]:
         config = LiteFocusConfig(time_window=None)
         focus = focus_set(num_frames, 2, config)
         assert focus.keys_per_query == num_frames + sampled

@@ -109,7 +109,7 @@ def test_errors_where_all_tokens_of_a_bin_are_alike() -> None:
         "shared sample": pytest.approx(0, abs=1e-5),
         "window alone": pytest.approx(0, abs=1e-5),
     }
-    keys = {"given": 80 + 7 * 20, "default": 80 + 7 * 16, "paper": 80 + 7 * 8, "shared sample": 8 * 16}
+    keys = {"given": 80 + 7 * 20, "default": 80 + 7 * 24, "paper": 80 + 7 * 8, "shared sample": 8 * 24}
     for name, expected in keys.items():
         assert row.keys_kept[name] == pytest.approx(expected / 640)
 
