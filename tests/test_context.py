@@ -627,3 +627,4 @@ def test_any_input_that_needs_gradients_keeps_to_the_first_sample() -> None:
         output = unet(latent(), torch.tensor(3), text().requires_grad_()).sample
     assert_same(output, first_sample())
     assert_same(run(unet), focus())
+    assert_same(run(unet, latent().requires_grad_(), call=unet.forward), first_sample())  # past the UNet's own hooks
