@@ -121,13 +121,13 @@ def patch_with(
 
 
 def unpatch(pipe: Any) -> None:
-    """Remove everything that litefocus put on a pipeline: patches, also of running blocks, tiles, and Tango's length.
+    """Remove everything that litefocus put on a pipeline: patches, also of running blocks, tiles, prompts, Tango's length.
 
     Layers get back the same processor objects. A processor that was set after `patch` stays. One that wraps LiteFocus'
     goes on wrapping it, and calls the original through it. Harmless where nothing is patched.
 
     Args:
-        pipe: what `patch`, `tile_decoding` and `set_duration` accept.
+        pipe: what `patch`, `tile_decoding`, `schedule_prompts` and `set_duration` accept.
 
     Raises:
         TypeError: for an object with several UNets.
@@ -141,7 +141,7 @@ def unpatch(pipe: Any) -> None:
     True
     """
     for module in owners_of_settings(pipe):
-        for kind in ("patch", "tiles", "duration"):
+        for kind in ("patch", "tiles", "duration", "prompts"):
             clear(module, kind)
         if isinstance(module, nn.Module):
             for layer in module.modules():  # brought back by something that had kept them, or installed by hand

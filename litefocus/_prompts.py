@@ -1,0 +1,399 @@
+"""Prompts over time: cross-attention of each stretch of a clip to the prompt that is scheduled there.
+
+Under a schedule, the pipeline's encoding of its prompt is followed by those of the scheduled ones, along the axis of
+text tokens; every mask, batch and guidance half comes along. A cross-attention layer takes them apart again: it runs
+its own code once for each prompt, on the frames where that prompt counts, and blends the outputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litefocus._grid import halved
+from litefocus._layers import blocks, named_modules, self_attention_layers
+from litefocus._registry import Handle, Setting, current
+from litefocus._target import LatentGeometry, UnsupportedError, latent_geometry, resolve, tango_model, unwrapped
+
+Prompt = str | Sequence[str]
+
+# Methods that encode a call's prompt, its first argument: of AudioLDM 2, and of Tango with and without guidance.
+ENCODERS = ("encode_prompt", "encode_text_classifier_free", "encode_text")
+COMPILED = (
+    "the UNet is compiled, and compiled code would keep one schedule for all calls; schedule prompts on a UNet that is "
+    "not compiled"
+)
+
+
+def schedule_prompts(
+    pipe: Any, prompts: Mapping[float, Prompt] | Iterable[tuple[float, Prompt]], fade: float = 2.0
+) -> PromptSchedule:
+    """Change the prompt on the way through a clip, in place: the call's own holds until the first time.
+
+    From its time on, a prompt fades in over `fade` seconds (raised cosine), and the one before fades out. Every prompt
+    is encoded as the call's own is: with its guidance, its negative prompt and its number of waveforms. Prompts act by
+    cross-attention, so sounds of the parts still join by self-attention, patched or not. A step takes as long as
+    without a schedule, but for the frames of a fade, where cross-attention runs twice.
+
+    Scheduling again replaces the prompts; `with litefocus.schedule_prompts(pipe, ...):` schedules for the block alone,
+    as `patch` does. A call goes by the schedule that was in force when it encoded its prompt. If the last schedule is
+    removed during a call, the rest of that call hears all prompts at once.
+
+    Args:
+        pipe: an AudioLDM 2 pipeline of diffusers, or a Tango, Tango 2 or Mustango object, whose beats and chords stay
+            those of the call's own prompt.
+        prompts: by the seconds of the clip at which they begin, above 0: a dict, or pairs. Each is a string, or a list
+            of one for every prompt of a batch.
+        fade: seconds of a transition, at most those between two times. 0 changes from one frame to the next.
+
+    Returns:
+        The handle: `handle.remove()` ends the schedule, as `unpatch` does, and so does the end of its `with` block.
+
+    Raises:
+        TypeError: for AudioLDM and MusicLDM, whose prompt is one class embedding for the whole clip, for every other
+            object, and for times and prompts of another type.
+        ValueError: for times that are not finite, not above 0, or twice there, without any, for a `fade` that is
+            negative or longer than a part, and for a UNet that is compiled. At the call, before its work: for a time
+            beyond the clip, for a list of another length than the batch, and for `prompt_embeds` instead of a prompt.
+
+    >>> import litefocus
+    >>> from diffusers import AudioLDM2Pipeline
+    >>> pipe = AudioLDM2Pipeline.from_pretrained("examples/embedded/pipeline")
+    >>> with litefocus.schedule_prompts(pipe, {1.0: "a fast tabla rhythm"}, fade=0.5):
+    ...     audio = pipe("a slow bell", audio_length_in_s=2.0, num_inference_steps=1).audios[0]
+    >>> audio.shape
+    (32000,)
+    """
+    times, texts = _checked_prompts(prompts)
+    if isinstance(fade, bool) or not isinstance(fade, (int, float)):
+        raise TypeError(f"fade must be a number of seconds, got {fade!r} ({type(fade).__name__})")
+    shortest = min((after - before for before, after in zip(times, times[1:], strict=False)), default=math.inf)
+    if not (0 <= fade < math.inf and fade <= shortest):
+        raise ValueError(f"fade must be finite, at least 0 and at most {shortest:g} s, the shortest part, got {fade!r}")
+    owner, geometry = owner_of_prompt(pipe), latent_geometry(pipe)
+    if owner is None or geometry is None or geometry.mel_frame is None:
+        raise TypeError(_unsupported_reason(pipe))
+    unet = resolve(pipe).unet
+    if _is_compiled(pipe, unet):
+        raise ValueError(COMPILED)
+    return PromptSchedule(type(pipe).__name__, Schedule(times, texts, float(fade), geometry), unet, owner)
+
+
+def owner_of_prompt(pipe: Any) -> Any:
+    """The object that encodes the prompt of a pipeline, whose UNet attends to it; None without one."""
+    pipe = unwrapped(pipe)
+    return next((x for x in (pipe, tango_model(pipe)) if any(callable(getattr(x, m, None)) for m in ENCODERS)), None)
+
+
+def schedule_of(pipe: Any) -> str | None:
+    """What is scheduled on a pipeline, in words; None where nothing is."""
+    setting: Schedule | None = current(owner_of_prompt(pipe), "prompts")
+    return None if setting is None else str(setting)
+
+
+def _checked_prompts(prompts: Any) -> tuple[tuple[float, ...], tuple[Any, ...]]:
+    """Times, ascending, and their prompts."""
+    try:
+        pairs = [(time, text) for time, text in (prompts.items() if isinstance(prompts, Mapping) else prompts)]
+    except (TypeError, ValueError):
+        raise TypeError(f"prompts must be a dict of seconds and prompts, or pairs of them, got {prompts!r}") from None
+    for time, text in pairs:
+        if isinstance(time, bool) or not isinstance(time, (int, float)):
+            raise TypeError(f"times must be numbers of seconds, got {time!r} ({type(time).__name__})")
+        if not isinstance(text, str) and not (
+            isinstance(text, (list, tuple)) and text and all(isinstance(one, str) for one in text)
+        ):
+            raise TypeError(f"the prompt at {time:g} s must be a string, or a list of strings, got {text!r}")
+        if not (math.isfinite(time) and time > 0):
+            raise ValueError(f"times must be finite and above 0 s, where the call's own prompt begins, got {time!r}")
+    pairs.sort(key=lambda pair: pair[0])
+    times = tuple(float(time) for time, _ in pairs)
+    twice = [after for before, after in zip(times, times[1:], strict=False) if before == after]
+    if not times or twice:
+        raise ValueError(f"two prompts begin at {twice[0]:g} s" if twice else "prompts must hold at least one")
+    return times, tuple(text if isinstance(text, str) else list(text) for _, text in pairs)
+
+
+def _cross_attention_layers(unet: nn.Module) -> list[tuple[Any, int]]:
+    """Those that attend to the prompt, and the levels of their grids."""
+    to_itself = {layer.attn for layer in self_attention_layers(unet)}
+    return [
+        (module, level)
+        for prefix, block, level in blocks(unet)
+        for name, module in named_modules(block, prefix)
+        if {"to_q", "to_k"} <= module._modules.keys()
+        and module not in to_itself
+        # Mustango's second and third transformers attend to beats and to chords
+        and ".attentions2." not in name
+        and ".attentions3." not in name
+    ]
+
+
+def _is_compiled(pipe: Any, unet: nn.Module) -> bool:
+    modules = (getattr(pipe, "unet", unet), *unet.modules())
+    return any("_orig_mod" in m._modules or vars(m).get("_compiled_call_impl") is not None for m in modules)
+
+
+def _unsupported_reason(pipe: Any) -> str:
+    accepted = "schedule_prompts takes AudioLDM 2 pipelines of diffusers, and Tango, Tango 2 and Mustango objects"
+    try:
+        of_class = getattr(getattr(resolve(pipe).unet, "config", None), "class_embed_type", None) is not None
+    except UnsupportedError:
+        of_class = False
+    if of_class:
+        return f"{type(pipe).__name__} has its prompt in a class embedding, one for the whole clip; {accepted}"
+    return f"got {'None' if pipe is None else f'an object of type {type(pipe).__name__}'}; {accepted}"
+
+
+@dataclasses.dataclass(eq=False)
+class Schedule(Setting):
+    """Arguments of one `schedule_prompts`. times: ascending. prompts: of these times. geometry: of the model."""
+
+    kind = "prompts"
+    times: tuple[float, ...]
+    prompts: tuple[str | list[str], ...]
+    fade: float
+    geometry: LatentGeometry
+
+    def __str__(self) -> str:
+        parts = (f"{text!r} from {time:g} s" for time, text in zip(self.times, self.prompts, strict=True))
+        return f"{', '.join(parts)}, each after a fade of {self.fade:g} s"
+
+    def install(self, module: Any) -> None:
+        """Wrap the layers of a UNet, and the methods of what encodes its prompt, around whatever wraps them already."""
+        if hasattr(module, "down_blocks"):
+            scope = vars(module).setdefault("_litefocus_scope", _Scope())
+            for attn, level in _cross_attention_layers(module):
+                _wrap(attn, "forward", functools.partial(_Layer, scope, level))
+        for method in ("check_inputs", *ENCODERS):
+            if callable(getattr(module, method, None)):
+                _wrap(module, method, _Length if method == "check_inputs" else _Encoder)
+
+    def uninstall(self, module: Any) -> None:
+        """Unwrap them. A wrapper that something else has wrapped since stays, and does nothing."""
+        vars(module).pop("_litefocus_scope", None)
+        for part in module.modules() if isinstance(module, nn.Module) else (module,):
+            for method in [name for name, value in vars(part).items() if isinstance(value, _Wrapper)]:
+                original = vars(part).pop(method).original
+                if original is not None:
+                    vars(part)[method] = original
+
+    def check_length(self, seconds: float) -> None:
+        """Raise ValueError where a prompt begins after the end of a clip."""
+        if self.times[-1] >= seconds:
+            raise ValueError(
+                f"a prompt is scheduled at {self.times[-1]:g} s, and the clip ends at {seconds:g} s; make it longer, "
+                "or schedule its prompts earlier"
+            )
+
+    def weights(self, num_frames: int, level: int) -> list[np.ndarray[Any, Any]]:
+        """Of every prompt, the call's own first, at the frames of a level's grid. Each frame's add up to 1."""
+        cell = self.geometry.latent_frame * 2**level
+        seconds = (np.arange(num_frames) + 0.5) * cell
+        risen = [np.ones(num_frames)]
+        for time in self.times:
+            share = ((seconds - time) / self.fade).clip(0, 1) if self.fade else seconds >= time
+            risen.append(0.5 - 0.5 * np.cos(np.pi * share))
+        return [own - after for own, after in zip(risen, [*risen[1:], np.zeros(num_frames)], strict=True)]
+
+
+class PromptSchedule(Handle):
+    """The handle that `schedule_prompts` returns, in the manner of `torch.utils.hooks.RemovableHandle`.
+
+    >>> import litefocus
+    >>> from diffusers import AudioLDM2Pipeline
+    >>> pipe = AudioLDM2Pipeline.from_pretrained("examples/embedded/pipeline")
+    >>> handle = litefocus.schedule_prompts(pipe, {20: "a bell"})
+    >>> handle
+    <PromptSchedule of AudioLDM2Pipeline: 'a bell' from 20 s, each after a fade of 2 s, in force>
+    >>> handle.remove()
+    """
+
+    _name = "schedule_prompts"
+
+    def __init__(self, owner: str, schedule: Schedule, *modules: Any) -> None:
+        super().__init__(schedule, *modules)
+        self._owner = owner
+
+    def __repr__(self) -> str:
+        counts = any(current(module, "prompts") is self._setting for module in self._alive())
+        state = "in force" if counts else "not in force"
+        return f"<{type(self).__name__} of {self._owner}: {self._setting}, {state}>"
+
+
+class _Scope:
+    """Stands for a UNet in what a thread keeps; its layers refer to it, and are copied with it."""
+
+
+class _Encoding:
+    """What a call's prompts were encoded to, in its thread.
+
+    shapes: (tokens, width) of the contexts that layers of the call are given.
+    """
+
+    def __init__(self, schedule: Schedule, joined: Iterable[Tensor]) -> None:
+        self.schedule = schedule
+        self.shapes = {tuple(x.shape[1:]) for x in joined}
+        self._spans: dict[tuple[int, int], list[tuple[int, int, Tensor]]] = {}
+
+    def spans(self, num_frames: int, level: int, like: Tensor) -> list[tuple[int, int, Tensor]]:
+        """First and last frame of each prompt on a layer's grid, and its weights there, (frames, 1) like `like`."""
+        if (num_frames, level) not in self._spans:
+            self.schedule.check_length(num_frames * self.schedule.geometry.latent_frame * 2**level)
+            spans = []
+            for weight in self.schedule.weights(num_frames, level):
+                frames = np.flatnonzero(weight)
+                first, last = (int(frames[0]), int(frames[-1]) + 1) if len(frames) else (0, 0)
+                spans.append((first, last, torch.from_numpy(weight[first:last, None]).to(like)))
+            self._spans[num_frames, level] = spans
+        return self._spans[num_frames, level]
+
+
+class _Thread(threading.local):
+    """Of one thread: what its last call under a schedule has encoded, by UNet."""
+
+    def __init__(self) -> None:
+        self.encodings: weakref.WeakKeyDictionary[_Scope, _Encoding] = weakref.WeakKeyDictionary()
+
+
+_thread = _Thread()
+
+
+def _wrap(owner: Any, method: str, wrapper: Callable[[Any, str], _Wrapper]) -> None:
+    if not isinstance(vars(owner).get(method), _Wrapper):
+        vars(owner)[method] = wrapper(owner, method)
+
+
+class _Wrapper:
+    """Stands for a method of one object, which keeps it."""
+
+    def __init__(self, owner: Any, method: str) -> None:
+        self.owner, self.method = owner, method
+        self.original = vars(owner).get(method)  # None: the method of the class
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """What the method returns."""
+        if self.original is not None:
+            return self.original(*args, **kwargs)
+        return getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """That counts, where this wrapper is in its place."""
+        schedule: Schedule | None = current(self.owner, "prompts")
+        return schedule if vars(self.owner).get(self.method) is self else None
+
+
+class _Length(_Wrapper):
+    """Around `check_inputs` of AudioLDM 2, which is told the length of the clip before anything is done."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        checked = self.call(*args, **kwargs)
+        if self.schedule is not None:
+            given = inspect.signature(getattr(type(self.owner), self.method)).bind(self.owner, *args, **kwargs)
+            self.schedule.check_length(given.arguments["audio_length_in_s"])
+        return checked
+
+
+class _Encoder(_Wrapper):
+    """Around a method that encodes a prompt: encodes the scheduled ones as well, and joins what it returns."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        schedule = self.schedule
+        if schedule is None:
+            return self.call(*args, **kwargs)
+        own = args[0] if args else kwargs.pop("prompt", None)
+        if own is None:
+            raise ValueError(
+                "prompts are scheduled, and this call brings prompt_embeds instead of a prompt; pass the prompt itself, "
+                "which is encoded together with the scheduled ones"
+            )
+        encoded = [self.call(prompt, *args[1:], **kwargs) for prompt in (own, *map(_like(own), schedule.prompts))]
+        joined = tuple(_joined(tensors) for tensors in zip(*encoded, strict=True))
+        scope = vars(resolve(self.owner).unet)["_litefocus_scope"]
+        _thread.encodings[scope] = _Encoding(schedule, (x for x in joined if x.ndim == 3))
+        return joined
+
+
+def _like(own: str | list[str]) -> Callable[[str | list[str]], str | list[str]]:
+    """Makes of a scheduled prompt what the call's own is: a string, or as many in a list."""
+
+    def alike(prompt: str | list[str]) -> str | list[str]:
+        count = 1 if isinstance(own, str) else len(own)
+        each = [prompt] * count if isinstance(prompt, str) else prompt
+        if len(each) != count:
+            raise ValueError(f"{len(each)} prompts are scheduled at once, {each!r}, and the call brings {count}")
+        return each[0] if isinstance(own, str) else each
+
+    return alike
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """Contexts (batch, tokens, width) or their masks (batch, tokens), one after the other, all of the longest's tokens.
+
+    The zeros that fill up a mask hide those of its context. A context without a mask has as many tokens for each prompt.
+    """
+    longest = max(x.shape[1] for x in tensors)
+    return torch.cat([F.pad(x, (0, 0) * (x.ndim - 2) + (0, longest - x.shape[1])) for x in tensors], dim=1)
+
+
+class _Layer(_Wrapper):
+    """Around `forward` of a cross-attention layer. Calls with other contexts than those of the schedule pass."""
+
+    def __init__(self, scope: _Scope, level: int, owner: Any, method: str) -> None:
+        super().__init__(owner, method)
+        self.scope, self.level = scope, level
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **others: Any,
+    ) -> Any:
+        """hidden_states: (batch, frames * bins, channels). attention_mask: of the context, (batch, 1, tokens)."""
+        if torch.compiler.is_compiling():
+            raise ValueError(COMPILED)
+        encoding = _thread.encodings.get(self.scope)
+        if encoding is not None and encoder_hidden_states is not None:
+            if tuple(encoder_hidden_states.shape[1:]) in encoding.shapes:
+                return self._blended(encoding, hidden_states, encoder_hidden_states, attention_mask, others)
+            del _thread.encodings[self.scope]  # a call of the UNet with other contexts: the scheduled one is over
+        return self.call(hidden_states, encoder_hidden_states, attention_mask, **others)
+
+    def _blended(
+        self, encoding: _Encoding, hidden_states: Tensor, contexts: Tensor, masks: Tensor | None, others: Any
+    ) -> Tensor:
+        bins = halved(encoding.schedule.geometry.freq_bins, self.level)
+        frames, rest = divmod(hidden_states.shape[1], bins)
+        if rest:
+            raise ValueError(
+                f"{hidden_states.shape[1]} tokens of a cross-attention layer are not a grid of {bins} frequency bins, "
+                "so no time belongs to them; prompts cannot be scheduled where tokens are merged"
+            )
+        spans = encoding.spans(frames, self.level, hidden_states)
+        count = len(spans)
+        output: Any = None
+        for (first, last, weight), context, mask in zip(
+            spans,
+            contexts.chunk(count, dim=1),
+            [None] * count if masks is None else masks.chunk(count, dim=-1),
+            strict=True,
+        ):
+            if first < last:
+                rows = slice(first * bins, last * bins)
+                part = self.call(hidden_states[:, rows], context, mask, **others)
+                output = part.new_zeros(*hidden_states.shape[:2], part.shape[2]) if output is None else output
+                output[:, rows] += part * weight.repeat_interleave(bins, dim=0)
+        return output
