@@ -21,19 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litefocus._compile import not_compiled
 from litefocus._grid import halved
 from litefocus._layers import blocks, named_modules, self_attention_layers
-from litefocus._registry import Handle, Setting, current
+from litefocus._registry import Handle, Setting, current, settings_on
 from litefocus._target import LatentGeometry, UnsupportedError, latent_geometry, resolve, tango_model, unwrapped
 
 Prompt = str | Sequence[str]
 
 # Methods that encode a call's prompt, its first argument: of AudioLDM 2, and of Tango with and without guidance.
 ENCODERS = ("encode_prompt", "encode_text_classifier_free", "encode_text")
-COMPILED = (
-    "the UNet is compiled, and compiled code would keep one schedule for all calls; schedule prompts on a UNet that is "
-    "not compiled"
-)
 
 
 def schedule_prompts(
@@ -48,7 +45,7 @@ def schedule_prompts(
 
     Scheduling again replaces the prompts; `with litefocus.schedule_prompts(pipe, ...):` schedules for the block alone,
     as `patch` does. A call goes by the schedule that was in force when it encoded its prompt. If the last schedule is
-    removed during a call, the rest of that call hears all prompts at once.
+    removed during a call, the rest of that call hears all prompts at once. Compiled UNets run these layers uncompiled.
 
     Args:
         pipe: an AudioLDM 2 pipeline of diffusers, or a Tango, Tango 2 or Mustango object, whose beats and chords stay
@@ -64,8 +61,8 @@ def schedule_prompts(
         TypeError: for AudioLDM and MusicLDM, whose prompt is one class embedding for the whole clip, for every other
             object, and for times and prompts of another type.
         ValueError: for times that are not finite, not above 0, or twice there, without any, for a `fade` that is
-            negative or longer than a part, and for a UNet that is compiled. At the call, before its work: for a time
-            beyond the clip, for a list of another length than the batch, and for `prompt_embeds` instead of a prompt.
+            negative or longer than a part. At the call, before its first step: for a time beyond the clip, for a list
+            of another length than the batch, and for `prompt_embeds` instead of a prompt.
 
     >>> import litefocus
     >>> from diffusers import AudioLDM2Pipeline
@@ -79,15 +76,13 @@ def schedule_prompts(
     if isinstance(fade, bool) or not isinstance(fade, (int, float)):
         raise TypeError(f"fade must be a number of seconds, got {fade!r} ({type(fade).__name__})")
     shortest = min((after - before for before, after in zip(times, times[1:], strict=False)), default=math.inf)
-    if not (0 <= fade < math.inf and fade <= shortest):
+    if not (0 <= fade < math.inf and fade <= shortest * (1 + 1e-9)):  # 0.3 - 0.1 is below 0.2
         raise ValueError(f"fade must be finite, at least 0 and at most {shortest:g} s, the shortest part, got {fade!r}")
     owner, geometry = owner_of_prompt(pipe), latent_geometry(pipe)
     if owner is None or geometry is None or geometry.mel_frame is None:
         raise TypeError(_unsupported_reason(pipe))
-    unet = resolve(pipe).unet
-    if _is_compiled(pipe, unet):
-        raise ValueError(COMPILED)
-    return PromptSchedule(type(pipe).__name__, Schedule(times, texts, float(fade), geometry), unet, owner)
+    schedule = Schedule(times, texts, float(fade), geometry)
+    return PromptSchedule(type(pipe).__name__, schedule, resolve(pipe).unet, owner)
 
 
 def owner_of_prompt(pipe: Any) -> Any:
@@ -98,8 +93,14 @@ def owner_of_prompt(pipe: Any) -> Any:
 
 def schedule_of(pipe: Any) -> str | None:
     """What is scheduled on a pipeline, in words; None where nothing is."""
-    setting: Schedule | None = current(owner_of_prompt(pipe), "prompts")
-    return None if setting is None else str(setting)
+    schedule = _schedule_on(owner_of_prompt(pipe))
+    return None if schedule is None else str(schedule)
+
+
+def _schedule_on(owner: Any) -> Schedule | None:
+    """That is in force on what encodes a prompt, and on its UNet, which others may share and unpatch."""
+    schedule: Schedule | None = current(owner, "prompts")
+    return schedule if schedule is not None and schedule in settings_on(resolve(owner).unet, "prompts") else None
 
 
 def _checked_prompts(prompts: Any) -> tuple[tuple[float, ...], tuple[Any, ...]]:
@@ -138,11 +139,6 @@ def _cross_attention_layers(unet: nn.Module) -> list[tuple[Any, int]]:
         and ".attentions2." not in name
         and ".attentions3." not in name
     ]
-
-
-def _is_compiled(pipe: Any, unet: nn.Module) -> bool:
-    modules = (getattr(pipe, "unet", unet), *unet.modules())
-    return any("_orig_mod" in m._modules or vars(m).get("_compiled_call_impl") is not None for m in modules)
 
 
 def _unsupported_reason(pipe: Any) -> str:
@@ -261,7 +257,9 @@ class _Encoding:
 
 
 class _Thread(threading.local):
-    """Of one thread: what its last call under a schedule has encoded, by UNet."""
+    """Of one thread: what its last call under a schedule has encoded, by UNet. encodes: that it does so now."""
+
+    encodes = False
 
     def __init__(self) -> None:
         self.encodings: weakref.WeakKeyDictionary[_Scope, _Encoding] = weakref.WeakKeyDictionary()
@@ -291,8 +289,7 @@ class _Wrapper:
     @property
     def schedule(self) -> Schedule | None:
         """That counts, where this wrapper is in its place."""
-        schedule: Schedule | None = current(self.owner, "prompts")
-        return schedule if vars(self.owner).get(self.method) is self else None
+        return _schedule_on(self.owner) if vars(self.owner).get(self.method) is self else None
 
 
 class _Length(_Wrapper):
@@ -310,7 +307,7 @@ class _Encoder(_Wrapper):
     """Around a method that encodes a prompt: encodes the scheduled ones as well, and joins what it returns."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        schedule = self.schedule
+        schedule = None if _thread.encodes else self.schedule  # one of these methods may call another
         if schedule is None:
             return self.call(*args, **kwargs)
         own = args[0] if args else kwargs.pop("prompt", None)
@@ -319,7 +316,12 @@ class _Encoder(_Wrapper):
                 "prompts are scheduled, and this call brings prompt_embeds instead of a prompt; pass the prompt itself, "
                 "which is encoded together with the scheduled ones"
             )
-        encoded = [self.call(prompt, *args[1:], **kwargs) for prompt in (own, *map(_like(own), schedule.prompts))]
+        _thread.encodes = True
+        try:
+            prompts = [own, *map(_like(own), schedule.prompts)]
+            encoded = [self.call(prompt, *args[1:], **kwargs) for prompt in prompts]
+        finally:
+            _thread.encodes = False
         joined = tuple(_joined(tensors) for tensors in zip(*encoded, strict=True))
         scope = vars(resolve(self.owner).unet)["_litefocus_scope"]
         _thread.encodings[scope] = _Encoding(schedule, (x for x in joined if x.ndim == 3))
@@ -355,6 +357,7 @@ class _Layer(_Wrapper):
         super().__init__(owner, method)
         self.scope, self.level = scope, level
 
+    @not_compiled
     def __call__(
         self,
         hidden_states: Tensor,
@@ -363,8 +366,6 @@ class _Layer(_Wrapper):
         **others: Any,
     ) -> Any:
         """hidden_states: (batch, frames * bins, channels). attention_mask: of the context, (batch, 1, tokens)."""
-        if torch.compiler.is_compiling():
-            raise ValueError(COMPILED)
         encoding = _thread.encodings.get(self.scope)
         if encoding is not None and encoder_hidden_states is not None:
             if tuple(encoder_hidden_states.shape[1:]) in encoding.shapes:
