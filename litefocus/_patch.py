@@ -121,7 +121,7 @@ def patch_with(
 
 
 def unpatch(pipe: Any) -> None:
-    """Remove everything that litefocus put on a pipeline: patches, also of running blocks, tiles, prompts, Tango's length.
+    """Remove all that litefocus put on a pipeline: patches, also of running blocks, tiles, prompts, and Tango's length.
 
     Layers get back the same processor objects. A processor that was set after `patch` stays. One that wraps LiteFocus'
     goes on wrapping it, and calls the original through it. Harmless where nothing is patched.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import itertools
 import math
 import threading
 import weakref
@@ -23,9 +24,9 @@ from torch import Tensor, nn
 
 from litefocus._compile import not_compiled
 from litefocus._grid import halved
-from litefocus._layers import blocks, named_modules, self_attention_layers
+from litefocus._layers import blocks, named_modules, self_attention_layers, unwrapped
 from litefocus._registry import Handle, Setting, current, settings_on
-from litefocus._target import LatentGeometry, UnsupportedError, latent_geometry, resolve, tango_model, unwrapped
+from litefocus._target import LatentGeometry, latent_geometry, resolve, tango_model
 
 Prompt = str | Sequence[str]
 
@@ -75,7 +76,7 @@ def schedule_prompts(
     times, texts = _checked_prompts(prompts)
     if isinstance(fade, bool) or not isinstance(fade, (int, float)):
         raise TypeError(f"fade must be a number of seconds, got {fade!r} ({type(fade).__name__})")
-    shortest = min((after - before for before, after in zip(times, times[1:], strict=False)), default=math.inf)
+    shortest = min((after - before for before, after in itertools.pairwise(times)), default=math.inf)
     if not (0 <= fade < math.inf and fade <= shortest * (1 + 1e-9)):  # 0.3 - 0.1 is below 0.2
         raise ValueError(f"fade must be finite, at least 0 and at most {shortest:g} s, the shortest part, got {fade!r}")
     owner, geometry = owner_of_prompt(pipe), latent_geometry(pipe)
@@ -112,18 +113,16 @@ def _checked_prompts(prompts: Any) -> tuple[tuple[float, ...], tuple[Any, ...]]:
     for time, text in pairs:
         if isinstance(time, bool) or not isinstance(time, (int, float)):
             raise TypeError(f"times must be numbers of seconds, got {time!r} ({type(time).__name__})")
-        if not isinstance(text, str) and not (
-            isinstance(text, (list, tuple)) and text and all(isinstance(one, str) for one in text)
-        ):
+        of_batch = text if isinstance(text, (list, tuple)) else [text]
+        if not (of_batch and all(isinstance(one, str) for one in of_batch)):
             raise TypeError(f"the prompt at {time:g} s must be a string, or a list of strings, got {text!r}")
         if not (math.isfinite(time) and time > 0):
             raise ValueError(f"times must be finite and above 0 s, where the call's own prompt begins, got {time!r}")
-    pairs.sort(key=lambda pair: pair[0])
-    times = tuple(float(time) for time, _ in pairs)
-    twice = [after for before, after in zip(times, times[1:], strict=False) if before == after]
-    if not times or twice:
-        raise ValueError(f"two prompts begin at {twice[0]:g} s" if twice else "prompts must hold at least one")
-    return times, tuple(text if isinstance(text, str) else list(text) for _, text in pairs)
+    times = sorted(float(time) for time, _ in pairs)
+    if len(set(times)) < max(1, len(times)):
+        raise ValueError(f"prompts must hold at least one, and one for each time, got {prompts!r}")
+    texts = {float(time): text if isinstance(text, str) else list(text) for time, text in pairs}
+    return tuple(times), tuple(texts[time] for time in times)
 
 
 def _cross_attention_layers(unet: nn.Module) -> list[tuple[Any, int]]:
@@ -143,11 +142,8 @@ def _cross_attention_layers(unet: nn.Module) -> list[tuple[Any, int]]:
 
 def _unsupported_reason(pipe: Any) -> str:
     accepted = "schedule_prompts takes AudioLDM 2 pipelines of diffusers, and Tango, Tango 2 and Mustango objects"
-    try:
-        of_class = getattr(getattr(resolve(pipe).unet, "config", None), "class_embed_type", None) is not None
-    except UnsupportedError:
-        of_class = False
-    if of_class:
+    config = getattr(unwrapped(getattr(pipe, "unet", pipe)), "config", None)
+    if getattr(config, "class_embed_type", None) is not None:
         return f"{type(pipe).__name__} has its prompt in a class embedding, one for the whole clip; {accepted}"
     return f"got {'None' if pipe is None else f'an object of type {type(pipe).__name__}'}; {accepted}"
 
@@ -193,15 +189,12 @@ class Schedule(Setting):
                 "or schedule its prompts earlier"
             )
 
-    def weights(self, num_frames: int, level: int) -> list[np.ndarray[Any, Any]]:
-        """Of every prompt, the call's own first, at the frames of a level's grid. Each frame's add up to 1."""
-        cell = self.geometry.latent_frame * 2**level
+    def weights(self, num_frames: int, cell: float) -> Any:
+        """(prompts, num_frames) in float64, the call's own prompt first, of frames of `cell` seconds. They sum to 1."""
         seconds = (np.arange(num_frames) + 0.5) * cell
-        risen = [np.ones(num_frames)]
-        for time in self.times:
-            share = ((seconds - time) / self.fade).clip(0, 1) if self.fade else seconds >= time
-            risen.append(0.5 - 0.5 * np.cos(np.pi * share))
-        return [own - after for own, after in zip(risen, [*risen[1:], np.zeros(num_frames)], strict=True)]
+        begun = [(seconds - time) / self.fade if self.fade else seconds >= time for time in self.times]
+        risen = [0.5 - 0.5 * np.cos(np.pi * np.clip(share, 0, 1)) for share in begun]
+        return -np.diff([np.ones(num_frames), *risen, np.zeros(num_frames)], axis=0)
 
 
 class PromptSchedule(Handle):
@@ -246,12 +239,12 @@ class _Encoding:
     def spans(self, num_frames: int, level: int, like: Tensor) -> list[tuple[int, int, Tensor]]:
         """First and last frame of each prompt on a layer's grid, and its weights there, (frames, 1) like `like`."""
         if (num_frames, level) not in self._spans:
-            self.schedule.check_length(num_frames * self.schedule.geometry.latent_frame * 2**level)
+            cell = self.schedule.geometry.latent_frame * 2**level
+            self.schedule.check_length(num_frames * cell)
             spans = []
-            for weight in self.schedule.weights(num_frames, level):
-                frames = np.flatnonzero(weight)
-                first, last = (int(frames[0]), int(frames[-1]) + 1) if len(frames) else (0, 0)
-                spans.append((first, last, torch.from_numpy(weight[first:last, None]).to(like)))
+            for weights in self.schedule.weights(num_frames, cell):
+                first, last = np.flatnonzero(weights)[[0, -1]] + [0, 1] if weights.any() else (0, 0)
+                spans.append((int(first), int(last), torch.from_numpy(weights[first:last, None]).to(like)))
             self._spans[num_frames, level] = spans
         return self._spans[num_frames, level]
 
@@ -296,10 +289,10 @@ class _Length(_Wrapper):
     """Around `check_inputs` of AudioLDM 2, which is told the length of the clip before anything is done."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        checked = self.call(*args, **kwargs)
-        if self.schedule is not None:
+        checked, schedule = self.call(*args, **kwargs), self.schedule
+        if schedule is not None:
             given = inspect.signature(getattr(type(self.owner), self.method)).bind(self.owner, *args, **kwargs)
-            self.schedule.check_length(given.arguments["audio_length_in_s"])
+            schedule.check_length(given.arguments["audio_length_in_s"])
         return checked
 
 
@@ -313,8 +306,8 @@ class _Encoder(_Wrapper):
         own = args[0] if args else kwargs.pop("prompt", None)
         if own is None:
             raise ValueError(
-                "prompts are scheduled, and this call brings prompt_embeds instead of a prompt; pass the prompt itself, "
-                "which is encoded together with the scheduled ones"
+                "prompts are scheduled, and this call brings prompt_embeds instead of a prompt; pass the prompt, which "
+                "is encoded together with the scheduled ones"
             )
         _thread.encodes = True
         try:
@@ -344,7 +337,7 @@ def _like(own: str | list[str]) -> Callable[[str | list[str]], str | list[str]]:
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
     """Contexts (batch, tokens, width) or their masks (batch, tokens), one after the other, all of the longest's tokens.
 
-    The zeros that fill up a mask hide those of its context. A context without a mask has as many tokens for each prompt.
+    The zeros that fill up a mask hide those of its context. Contexts without one have as many tokens for each prompt.
     """
     longest = max(x.shape[1] for x in tensors)
     return torch.cat([F.pad(x, (0, 0) * (x.ndim - 2) + (0, longest - x.shape[1])) for x in tensors], dim=1)
@@ -375,7 +368,7 @@ class _Layer(_Wrapper):
 
     def _blended(
         self, encoding: _Encoding, hidden_states: Tensor, contexts: Tensor, masks: Tensor | None, others: Any
-    ) -> Tensor:
+    ) -> Any:
         bins = halved(encoding.schedule.geometry.freq_bins, self.level)
         frames, rest = divmod(hidden_states.shape[1], bins)
         if rest:
@@ -383,15 +376,11 @@ class _Layer(_Wrapper):
                 f"{hidden_states.shape[1]} tokens of a cross-attention layer are not a grid of {bins} frequency bins, "
                 "so no time belongs to them; prompts cannot be scheduled where tokens are merged"
             )
-        spans = encoding.spans(frames, self.level, hidden_states)
-        count = len(spans)
         output: Any = None
-        for (first, last, weight), context, mask in zip(
-            spans,
-            contexts.chunk(count, dim=1),
-            [None] * count if masks is None else masks.chunk(count, dim=-1),
-            strict=True,
-        ):
+        spans = encoding.spans(frames, self.level, hidden_states)
+        of_each = contexts.chunk(len(spans), dim=1)
+        their_masks = [None] * len(spans) if masks is None else masks.chunk(len(spans), dim=-1)
+        for (first, last, weight), context, mask in zip(spans, of_each, their_masks, strict=True):
             if first < last:
                 rows = slice(first * bins, last * bins)
                 part = self.call(hidden_states[:, rows], context, mask, **others)

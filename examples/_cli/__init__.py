@@ -15,6 +15,7 @@ import functools
 import importlib.util
 import inspect
 import io
+import itertools
 import math
 import numbers
 import platform
@@ -238,7 +239,7 @@ def check_later(prompts: Iterable[Sequence[str]], seconds: float, fade: float = 
         if not 0 < pairs[-1][0] < seconds:
             raise ValueError(f"a later prompt must begin above 0 and below {seconds:g} s, the clip's end, got {time}")
     times = sorted(time for time, _ in pairs)
-    if any(after - before < fade or after == before for before, after in zip(times, times[1:], strict=False)):
+    if any(after - before < fade or after == before for before, after in itertools.pairwise(times)):
         raise ValueError(f"later prompts must begin at least {fade:g} s apart, the time from one to the next")
     return pairs
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,12 +121,13 @@ def listen(mels: torch.Tensor, sounds: tuple[int, ...], seconds: float) -> Row:
     for start in starts:
         fades = any(start < change + FADE and start + WINDOW > change for change in changes)
         wanted.append(None if fades else sounds[sum(start >= change for change in changes)])
-    found: Row = {"parts": len(sounds), "classes": list(sounds), "wanted": wanted, "heard": hear(mels, starts), "around": [], "jumps": [], "dips": []}
+    found: Row = {"parts": len(sounds), "classes": list(sounds), "wanted": wanted, "heard": hear(mels, starts)}
+    found |= {"around": [], "jumps": [], "dips": []}
     power = mels[: len(mels) // 4 * 4].double().mul(2).exp().mean(dim=1)
     level = 10 * power.view(-1, 4).mean(dim=1).log10()  # dB of every latent frame
     jumps = level.diff().abs()
     quiet = 10 * power[: len(power) // 64 * 64].view(-1, 64).mean(dim=1).log10()
-    for change, (old, new) in zip(changes, zip(sounds, sounds[1:], strict=False), strict=True):
+    for change, (old, new) in zip(changes, itertools.pairwise(sounds), strict=True):
         inside = [o for o in OFFSETS if WINDOW / 2 <= change + o <= seconds - WINDOW / 2]
         classes = hear(mels, [change + o - WINDOW / 2 for o in inside])
         found["around"].append({str(o): "on-"[[old, new, c].index(c)] for o, c in zip(inside, classes, strict=True)})
@@ -196,7 +198,9 @@ def page(rows: list[Row], file: str) -> str:
     header = ("clips of", "seconds", "attention", "clips", "windows", "right", "next one early", "last one late")
     header += ("old until", "new from", "jump", "dip")
     lines = []
-    order = sorted(by(rows, "seconds", "steps", "way").items(), key=lambda item: (item[0][0], list(WAYS).index(item[0][2])))
+    order = sorted(
+        by(rows, "seconds", "steps", "way").items(), key=lambda item: (item[0][0], list(WAYS).index(item[0][2]))
+    )
     for (seconds, steps, way), group in order:
         for (parts,), some in by(sorted(group, key=lambda row: len(row["classes"])), "parts").items():
             found = summary(some)
