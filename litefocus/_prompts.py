@@ -2,7 +2,8 @@
 
 Under a schedule, the pipeline's encoding of its prompt is followed by those of the scheduled ones, along the axis of
 text tokens; every mask, batch and guidance half comes along. A cross-attention layer takes them apart again: it runs
-its own code once for each prompt, on the frames where that prompt counts, and blends the outputs.
+its own code once for each prompt, on the frames where that prompt counts, and blends the outputs. So do group norms,
+whose moments over a whole clip of several sounds fit none of them: each part is normalized as a clip of its own.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ def schedule_prompts(
 
     From its time on, a prompt fades in over `fade` seconds (raised cosine), and the one before fades out. Every prompt
     is encoded as the call's own is: with its guidance, its negative prompt and its number of waveforms. Prompts act by
-    cross-attention, so sounds of the parts still join by self-attention, patched or not. A step takes as long as
-    without a schedule, but for the frames of a fade, where cross-attention runs twice.
+    cross-attention, and every part has group norms of its own, as a clip of one prompt has; self-attention goes on over
+    the whole clip, patched or not, and joins the parts. A step costs what it costs without a schedule, but for the
+    frames of a fade, on which these layers run twice.
 
     Scheduling again replaces the prompts; `with litefocus.schedule_prompts(pipe, ...):` schedules for the block alone,
     as `patch` does. A call goes by the schedule that was in force when it encoded its prompt. If the last schedule is
@@ -125,19 +127,18 @@ def _checked_prompts(prompts: Any) -> tuple[tuple[float, ...], tuple[Any, ...]]:
     return tuple(times), tuple(texts[time] for time in times)
 
 
-def _cross_attention_layers(unet: nn.Module) -> list[tuple[Any, int]]:
-    """Those that attend to the prompt, and the levels of their grids."""
+def _layers_of_prompts(unet: Any) -> list[tuple[Any, int]]:
+    """Cross-attention to the prompt and group norms, and the levels of their grids."""
     to_itself = {layer.attn for layer in self_attention_layers(unet)}
-    return [
-        (module, level)
-        for prefix, block, level in blocks(unet)
-        for name, module in named_modules(block, prefix)
-        if {"to_q", "to_k"} <= module._modules.keys()
-        and module not in to_itself
-        # Mustango's second and third transformers attend to beats and to chords
-        and ".attentions2." not in name
-        and ".attentions3." not in name
-    ]
+    found: list[tuple[Any, int]] = [(unet.conv_norm_out, 0)] if isinstance(unet.conv_norm_out, nn.GroupNorm) else []
+    for prefix, block, level in blocks(unet):
+        for name, module in named_modules(block, prefix):
+            # Mustango's second and third transformers attend to beats and to chords
+            of_music = ".attentions2." in name or ".attentions3." in name
+            attends = {"to_q", "to_k"} <= module._modules.keys() and module not in to_itself and not of_music
+            if attends or isinstance(module, nn.GroupNorm):
+                found.append((module, level))
+    return found
 
 
 def _unsupported_reason(pipe: Any) -> str:
@@ -165,16 +166,19 @@ class Schedule(Setting):
     def install(self, module: Any) -> None:
         """Wrap the layers of a UNet, and the methods of what encodes its prompt, around whatever wraps them already."""
         if hasattr(module, "down_blocks"):
-            scope = vars(module).setdefault("_litefocus_scope", _Scope())
-            for attn, level in _cross_attention_layers(module):
-                _wrap(attn, "forward", functools.partial(_Layer, scope, level))
+            scope = vars(module).get("_litefocus_scope") or _Scope(module)
+            vars(module)["_litefocus_scope"] = scope
+            for part, level in _layers_of_prompts(module):
+                kind = _Norm if isinstance(part, nn.GroupNorm) else _Attention
+                _wrap(part, "forward", functools.partial(kind, scope, level))
         for method in ("check_inputs", *ENCODERS):
             if callable(getattr(module, method, None)):
                 _wrap(module, method, _Length if method == "check_inputs" else _Encoder)
 
     def uninstall(self, module: Any) -> None:
         """Unwrap them. A wrapper that something else has wrapped since stays, and does nothing."""
-        vars(module).pop("_litefocus_scope", None)
+        if "_litefocus_scope" in vars(module):
+            vars(module).pop("_litefocus_scope").hook.remove()
         for part in module.modules() if isinstance(module, nn.Module) else (module,):
             for method in [name for name, value in vars(part).items() if isinstance(value, _Wrapper)]:
                 original = vars(part).pop(method).original
@@ -223,6 +227,16 @@ class PromptSchedule(Handle):
 
 class _Scope:
     """Stands for a UNet in what a thread keeps; its layers refer to it, and are copied with it."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.hook = unet.register_forward_pre_hook(self._begin, with_kwargs=True)
+
+    @not_compiled
+    def _begin(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A call without the contexts of the schedule is another's, and ends it."""
+        encoding = _thread.encodings.get(self)
+        if encoding is not None and not encoding.shapes <= {_shape(x) for x in (*args, *kwargs.values())}:
+            del _thread.encodings[self]
 
 
 class _Encoding:
@@ -343,12 +357,54 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([F.pad(x, (0, 0) * (x.ndim - 2) + (0, longest - x.shape[1])) for x in tensors], dim=1)
 
 
+def _shape(x: Any) -> tuple[int, ...]:
+    """(tokens, width) of a context."""
+    return tuple(x.shape[1:]) if isinstance(x, Tensor) else ()
+
+
 class _Layer(_Wrapper):
-    """Around `forward` of a cross-attention layer. Calls with other contexts than those of the schedule pass."""
+    """Around `forward` of a layer on a grid of frames, which runs once for every prompt."""
 
     def __init__(self, scope: _Scope, level: int, owner: Any, method: str) -> None:
         super().__init__(owner, method)
         self.scope, self.level = scope, level
+
+    def blended(
+        self, encoding: _Encoding, x: Tensor, dim: int, bins: int, run: Callable[[int, Tensor], Tensor]
+    ) -> Tensor:
+        """What `run` makes for every prompt, by its number, of `x` where it counts. A frame is `bins` long in `dim`."""
+        parts: list[Tensor] = []
+        end = 0
+        spans = encoding.spans(x.shape[dim] // bins, self.level, x)
+        for number, (first, last, weight) in enumerate(spans):
+            if first == last:
+                continue
+            part = run(number, x.narrow(dim, first * bins, (last - first) * bins))
+            if (fade := (end - first) * bins) > 0:  # these frames belong to the prompt before, too
+                before = parts.pop()
+                kept = before.shape[dim] - fade
+                share = weight[: end - first].repeat_interleave(bins, dim=0).to(part)
+                parts.append(before.narrow(dim, 0, kept))
+                parts.append(torch.lerp(before.narrow(dim, kept, fade), part.narrow(dim, 0, fade), share))
+                part = part.narrow(dim, fade, part.shape[dim] - fade)
+            parts.append(part)
+            end = last
+        return torch.cat(parts, dim=dim)
+
+
+class _Norm(_Layer):
+    """Around a group norm over (batch, channels, frames, bins)."""
+
+    @not_compiled
+    def __call__(self, x: Tensor) -> Any:
+        encoding = _thread.encodings.get(self.scope)
+        if encoding is None or x.ndim != 4:
+            return self.call(x)
+        return self.blended(encoding, x, 2, 1, lambda _, part: self.call(part))
+
+
+class _Attention(_Layer):
+    """Around cross-attention. Calls with other contexts than those of the schedule pass."""
 
     @not_compiled
     def __call__(
@@ -360,30 +416,19 @@ class _Layer(_Wrapper):
     ) -> Any:
         """hidden_states: (batch, frames * bins, channels). attention_mask: of the context, (batch, 1, tokens)."""
         encoding = _thread.encodings.get(self.scope)
-        if encoding is not None and encoder_hidden_states is not None:
-            if tuple(encoder_hidden_states.shape[1:]) in encoding.shapes:
-                return self._blended(encoding, hidden_states, encoder_hidden_states, attention_mask, others)
-            del _thread.encodings[self.scope]  # a call of the UNet with other contexts: the scheduled one is over
-        return self.call(hidden_states, encoder_hidden_states, attention_mask, **others)
-
-    def _blended(
-        self, encoding: _Encoding, hidden_states: Tensor, contexts: Tensor, masks: Tensor | None, others: Any
-    ) -> Any:
+        if encoding is None or encoder_hidden_states is None or _shape(encoder_hidden_states) not in encoding.shapes:
+            return self.call(hidden_states, encoder_hidden_states, attention_mask, **others)
         bins = halved(encoding.schedule.geometry.freq_bins, self.level)
-        frames, rest = divmod(hidden_states.shape[1], bins)
-        if rest:
+        if hidden_states.shape[1] % bins:
             raise ValueError(
                 f"{hidden_states.shape[1]} tokens of a cross-attention layer are not a grid of {bins} frequency bins, "
                 "so no time belongs to them; prompts cannot be scheduled where tokens are merged"
             )
-        output: Any = None
-        spans = encoding.spans(frames, self.level, hidden_states)
-        of_each = contexts.chunk(len(spans), dim=1)
-        their_masks = [None] * len(spans) if masks is None else masks.chunk(len(spans), dim=-1)
-        for (first, last, weight), context, mask in zip(spans, of_each, their_masks, strict=True):
-            if first < last:
-                rows = slice(first * bins, last * bins)
-                part = self.call(hidden_states[:, rows], context, mask, **others)
-                output = part.new_zeros(*hidden_states.shape[:2], part.shape[2]) if output is None else output
-                output[:, rows] += part * weight.repeat_interleave(bins, dim=0)
-        return output
+        count = len(encoding.schedule.times) + 1
+        contexts = encoder_hidden_states.chunk(count, dim=1)
+        masks = [None] * count if attention_mask is None else attention_mask.chunk(count, dim=-1)
+
+        def run(number: int, rows: Tensor) -> Any:
+            return self.call(rows, contexts[number], masks[number], **others)
+
+        return self.blended(encoding, hidden_states, 1, bins, run)
