@@ -17,6 +17,7 @@ from typing import Any
 import _cli
 
 PROMPTS = ("a fast tabla rhythm", "a slow drone", "a medium breakbeat", "a slow bell", "a fast robot voice")
+LATER = "one a line, after the seconds at which it begins:\n10: a slow drone\n15: a slow bell"
 ABOUT = "Describe a sound, and get a clip of up to ten minutes, two to ten times faster than with dense attention."
 SMALL = f" The model that runs here is small: it knows {', '.join(_cli.SOUNDS)}, each slow, medium or fast."
 STYLE = """.bar {background: var(--border-color-primary); border-radius: 4px; margin: 6px 0}
@@ -53,6 +54,8 @@ with _cli.interruptible():
     import psutil
     import torch
 
+    import litefocus
+
 
 class Cancelled(Exception):
     """Nobody waits for the clip any more."""
@@ -77,6 +80,8 @@ def page(pipe: Any, args: argparse.Namespace) -> gr.Blocks:
                     for module in part.modules():  # a step of ten minutes of sound takes long
                         hooks.enter_context(module.register_forward_pre_hook(look))
                 look()
+                if settings["later"]:
+                    hooks.enter_context(litefocus.schedule_prompts(pipe, settings["later"]))
                 _cli.forget_peak()
                 job.set_running_or_notify_cancel()
                 job.set_result(generate.generate(pipe, settings, callback=lambda step, *_: steps.append(step)))
@@ -85,15 +90,17 @@ def page(pipe: Any, args: argparse.Namespace) -> gr.Blocks:
 
     def make(*values: Any) -> Iterator[dict[Any, Any]]:
         """What changes on the page. Gradio closes it when the clip is cancelled, or its tab is closed."""
-        settings = dict(zip(("prompt", "seconds", "steps", "guidance", "seed"), values, strict=True))
+        settings = dict(zip(("prompt", "seconds", "later", "steps", "guidance", "seed"), values, strict=True))
         prompt, nothing = settings["prompt"], {result: gr.Column(visible=False), audio: None, plot: None, figures: ""}
         try:
             _cli.check(settings)
+            lines = [line.partition(":") for line in settings["later"].splitlines() if line.strip()]
+            settings["later"] = _cli.check_later([(time, text.strip()) for time, _, text in lines], settings["seconds"])
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             yield {**nothing, state: f"⚠️ {escape(str(error))}"}
             return
-        unknown = escape(", ".join(_cli.unknown_words(pipe, prompt)))
+        unknown = escape(", ".join(_cli.unknown_words(pipe, prompt, *(text for _, text in settings["later"]))))
         note = f"<p>ℹ️ This model does not know: <b>{unknown}</b></p>" if unknown else ""
         steps: list[int] = []
         peak, stop, job = 0, threading.Event(), Future[Any]()
@@ -137,6 +144,8 @@ def page(pipe: Any, args: argparse.Namespace) -> gr.Blocks:
                 prompt = gr.Textbox(_cli.PROMPT, label="prompt", placeholder="what should sound")
                 gr.Examples([[text] for text in PROMPTS], prompt, label="for example")
                 seconds = gr.Slider(min(1, args.seconds), max(600, args.seconds), args.seconds, step=1, label="seconds")
+                with gr.Accordion("prompts over time", open=False):
+                    later = gr.Textbox("", label="later prompts", placeholder=LATER, lines=3)
                 with gr.Accordion("advanced", open=False), gr.Row():
                     steps = gr.Number(args.steps, label="steps", precision=0, min_width=90)
                     guidance = gr.Number(args.guidance, label="guidance", min_width=90)
@@ -150,7 +159,7 @@ def page(pipe: Any, args: argparse.Namespace) -> gr.Blocks:
                 with gr.Column(visible=False) as result:
                     audio = gr.Audio(label="clip", interactive=False, buttons=["download"])
                     plot = gr.Plot(show_label=False, container=False)
-        wanted, changed = [prompt, seconds, steps, guidance, seed], [state, result, figures, audio, plot]
+        wanted, changed = [prompt, seconds, later, steps, guidance, seed], [state, result, figures, audio, plot]
         events = gr.on([go.click, prompt.submit], make, wanted, changed, show_progress_on=state)
         cancel.click(None, cancels=events)  # after which `events` has failed; an error is shown by `make` itself
         events.failure(lambda: "Cancelled.", None, state, queue=False, show_progress="hidden")

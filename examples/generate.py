@@ -1,8 +1,7 @@
 """Generate a clip with an AudioLDM-style pipeline and LiteFocus attention, and write it as a wav file.
 
 python examples/generate.py                                     # 20 s from the embedded pipeline
-python examples/generate.py "a slow bell" --seconds 300         # attention and memory both grow linearly
-python examples/generate.py "a slow drone" --seconds 60 --compare
+python examples/generate.py "a slow drone" --at 30 "a slow bell" --seconds 60 --compare
 python examples/generate.py "rain on a tin roof" --model cvssp/audioldm2 --steps 200 --offload
 """
 
@@ -19,12 +18,11 @@ import _cli
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, checked."""
     parser = _cli.Parser(__doc__, sound="clip.wav")
-    add = parser.add_argument
-    add("prompt", nargs="?", default=_cli.PROMPT, help="what should sound (default: %(default)s)")
+    parser.add_argument("prompt", nargs="?", default=_cli.PROMPT, help="what should sound (default: %(default)s)")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--no-patch", action="store_true", help="dense attention, without litefocus")
     mode.add_argument("--compare", action="store_true", help="dense and patched: times, two clips and one png")
-    add("--runs", type=int, help="of --compare, for its medians (default: 3)")
+    parser.add_argument("--runs", type=int, help="of --compare, for its medians (default: 3)")
     return parser.parse_args(argv)
 
 
@@ -81,8 +79,10 @@ def main(argv: list[str] | None = None) -> None:
     with _cli.refusing():
         _cli.complete(args)
         pipe, patch = load(args)
+        if args.at:
+            litefocus.schedule_prompts(pipe, args.at, fade=args.fade)
         bound = litefocus.status(pipe, seconds=args.seconds).flops.ratio
-    _cli.note_unknown_words(pipe, args.prompt)
+    _cli.note_unknown_words(pipe, args.prompt, *(prompt for _, prompt in args.at))
     if args.no_patch or args.compare:
         patch.remove()
     if args.compare:

@@ -108,6 +108,8 @@ def main(argv: list[str] | None = None) -> None:
         place(tango, args.device, getattr(torch, args.dtype), args.offload)
         litefocus.set_duration(tango, args.seconds)
         litefocus.patch(tango, args.config)
+        if args.at:
+            litefocus.schedule_prompts(tango, args.at, fade=args.fade)
         if args.tile_decoding:
             litefocus.tile_decoding(tango)
 

@@ -4,6 +4,7 @@ from litefocus._decoding import TiledDecoding, tile_decoding
 from litefocus._patch import Patch, patch, unpatch
 from litefocus._probe import Probe, probe
 from litefocus._processor import LiteFocusAttnProcessor
+from litefocus._prompts import PromptSchedule, schedule_prompts
 from litefocus._status import Status, status
 from litefocus._tango import set_duration
 from litefocus.attention import focus_attention
@@ -16,12 +17,14 @@ __all__ = [
     "LiteFocusConfig",
     "Patch",
     "Probe",
+    "PromptSchedule",
     "Status",
     "TiledDecoding",
     "focus_attention",
     "focus_set",
     "patch",
     "probe",
+    "schedule_prompts",
     "set_duration",
     "status",
     "tile_decoding",

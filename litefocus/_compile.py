@@ -1,4 +1,5 @@
-"""Marks for torch.compile: functions whose result is constant, tensors whose sizes are static. Private names of torch.
+"""Marks for torch.compile: functions whose result is constant or that it leaves alone, tensors of static size. Private
+names of torch.
 
 The public functions for the same load the whole compiler, which takes 2 s; `import litefocus` must not pay that.
 """
@@ -16,6 +17,12 @@ Function = TypeVar("Function", bound=Callable[..., object])
 def assume_constant_result(function: Function) -> Function:
     """As `torch.compiler.assume_constant_result`: the compiler calls `function` once and keeps what it returned."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def not_compiled(function: Function) -> Function:
+    """As `torch.compiler.disable`: compiled code breaks off, calls `function` as it is, and goes on."""
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
     return function
 
 

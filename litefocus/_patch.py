@@ -118,13 +118,13 @@ def patch_with(
 
 
 def unpatch(pipe: Any) -> None:
-    """Remove all patches, also those of `with` blocks that still run, the tiles of decoding, and Tango's duration.
+    """Remove all patches, also those of `with` blocks that still run, tiles, prompts over time, and Tango's duration.
 
     Layers get back the same processor objects. A processor that was set after `patch` stays. If it wraps LiteFocus'
     processor, that one now calls the original. Harmless where nothing is patched.
 
     Args:
-        pipe: what `patch`, `tile_decoding` and `set_duration` accept.
+        pipe: what `patch`, `tile_decoding`, `schedule_prompts` and `set_duration` accept.
 
     Raises:
         TypeError: for an object with several UNets.
@@ -138,7 +138,7 @@ def unpatch(pipe: Any) -> None:
     True
     """
     for module in owners_of_settings(pipe):
-        for kind in ("patch", "tiles", "duration"):
+        for kind in ("patch", "tiles", "duration", "prompts"):
             clear(module, kind)
         if isinstance(module, nn.Module):
             for layer in module.modules():  # brought back by something that had kept them, or installed by hand

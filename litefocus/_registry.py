@@ -1,4 +1,4 @@
-"""The settings that are in force on a module: those of `patch`, of `tile_decoding` and of `set_duration`.
+"""The settings that are in force on a module: of `patch`, `tile_decoding`, `schedule_prompts` and `set_duration`.
 
 They are kept in the module's `__dict__`, by kind, oldest first, so they are copied and pickled with it. The newest of a
 kind is in force. Handles add and remove them.
@@ -18,7 +18,7 @@ _handles: weakref.WeakSet[Handle] = weakref.WeakSet()
 
 
 class Setting:
-    """Arguments of one call of `patch`, `tile_decoding` or `set_duration`, and what they do to a module.
+    """Arguments of one call of `patch` or of another such function, and what they do to a module.
 
     entered: a `with` block began with it. removed: for good.
     """

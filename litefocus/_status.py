@@ -11,6 +11,7 @@ from torch import nn
 from litefocus._decoding import Tiles, decoding_bytes, tiles_of
 from litefocus._grid import Grid, halved
 from litefocus._layers import Layer, blocks, named_modules, obstacle, overwritten, patched, self_attention_layers
+from litefocus._prompts import schedule_of
 from litefocus._registry import current
 from litefocus._table import Table, by_freq_bins
 from litefocus._target import Target, resolve
@@ -67,6 +68,7 @@ class Status(Table):
     flops: estimated arithmetic of a step at that length. Before `patch`, `flops.patched` is that of `patch(pipe)` with
         its defaults.
     tiles: settings of `tile_decoding`, None without. decoding_bytes: estimated memory of decoding one clip.
+    prompts: which is scheduled when, None without.
 
     >>> row = LayerStatus("mid_block.attentions.0", freq_bins=2, state="dense", frames=None, keys_kept=None)
     >>> Status("UNet2DConditionModel", None, (row,))
@@ -84,6 +86,7 @@ class Status(Table):
     flops: StepFlops | None = None
     tiles: Tiles | None = None
     decoding_bytes: int | None = None
+    prompts: str | None = None
 
     @property
     def advice(self) -> str | None:
@@ -126,6 +129,8 @@ class Status(Table):
             size = f"{mebibytes:.0f} MiB" if mebibytes < 1000 else f"{mebibytes / 2**10:.1f} GiB"
             memory = "" if self.decoding_bytes is None else f", {size} (estimated)"
             lines.append(f"decoding: {tiled}{memory}")
+        if self.prompts is not None:
+            lines.append(f"prompts: {self.prompts}")
         return lines + ([self.advice] if self.advice else [])
 
     def _table(self) -> list[tuple[str, ...]]:
@@ -179,7 +184,7 @@ def status(pipe: Any, seconds: float | None = None) -> Status:
     found, tiles = status_of(resolve(pipe), seconds), tiles_of(pipe)
     sizes = None if tiles is None else (tiles.seconds, tiles.overlap)
     memory = None if seconds is None else decoding_bytes(pipe, seconds, sizes)
-    return replace(found, tiles=tiles, decoding_bytes=memory)
+    return replace(found, tiles=tiles, decoding_bytes=memory, prompts=schedule_of(pipe))
 
 
 def status_of(target: Target, seconds: float | None = None) -> Status:

@@ -23,6 +23,8 @@ import pytest
 import soundfile
 from playwright.sync_api import Browser, Page, expect
 
+import litefocus
+
 APP = Path(__file__).parents[1] / "examples" / "app.py"
 SETTINGS = ["--seconds", "2", "--steps", "4", "--seed", "3"]
 ENDLESS = "1000"  # steps of a clip that others wait for
@@ -151,6 +153,26 @@ def test_a_prompt_becomes_a_clip_to_download(visit: Any, server: SimpleNamespace
     assert [line for line in server.lines if "prompt must" in line] == [
         "error: prompt must be text, and not empty, got ''\n"
     ]
+    assert "Traceback" not in "".join(server.lines)
+
+
+def test_later_prompts(visit: Any, server: SimpleNamespace, pipe_and_settings: Any) -> None:
+    page = visit()
+    page.get_by_role("button", name="prompts over time").click()
+    fill(page, "later prompts", "3: a snare drum\n\n6 : a fast mermaid")
+    ask(page, "a slow drone", seconds="8")
+    expect(page.get_by_text("8 s of sound took")).to_be_visible()
+    expect(page.get_by_text("does not know: mermaid")).to_be_visible()
+    with litefocus.schedule_prompts(pipe_and_settings[0], {3: "a snare drum", 6: "a fast mermaid"}):
+        assert np.array_equal(download(page), expected(pipe_and_settings, "a slow drone", seconds=8))
+    for lines, message in (
+        ("a snare drum", "a later prompt needs the seconds at which it begins, got 'a snare drum'"),
+        ("8: a snare drum", "a later prompt must begin above 0 and below 8 s, the clip's end, got 8"),
+        ("3: a snare drum\n4: a bell", "later prompts must begin at least 2 s apart, the time from one to the next"),
+    ):
+        fill(page, "later prompts", lines)
+        button(page, "Generate").click()
+        expect(page.get_by_text(message)).to_be_visible()
     assert "Traceback" not in "".join(server.lines)
 
 

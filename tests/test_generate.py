@@ -55,6 +55,16 @@ def test_compare_writes_both_clips_and_a_picture(tmp_path: Path, capsys: pytest.
     assert np.array_equal(soundfile.read(tmp_path / "b.wav")[0], dense)
 
 
+def test_prompts_over_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options_ = ["a slow bell", "--seconds", "6", "--steps", "2", "--output", str(tmp_path / "a.wav")]
+    generate.main([*options_, "--at", "4", "a fast mermaid", "--at", "2", "a snare drum", "--fade", "1"])
+    assert "note: words that this model does not know: mermaid\n" in capsys.readouterr().err
+    pipe, _ = generate.load(options())
+    litefocus.schedule_prompts(pipe, {2: "a snare drum", 4: "a fast mermaid"}, fade=1)
+    clip, _ = generate.generate(pipe, {"prompt": "a slow bell", "seconds": 6, "steps": 2, "guidance": 5.0, "seed": 0})
+    assert np.abs(soundfile.read(tmp_path / "a.wav")[0] - clip).max() < 1e-4  # 16 bits
+
+
 def test_both_ways_take_turns_warm(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, _ = generate.load(options())
     litefocus.unpatch(pipe)
@@ -136,6 +146,13 @@ def test_a_full_disk_is_one_line(
         (["--output", "missing/clip.wav"], "cannot write into missing: No such file or directory"),
         (["--model", "missing"], "cannot use missing: no such folder, and hub ids look like owner/name"),
         (["--model", "."], "cannot use ."),
+        (["--at", "a bell", "10"], "a later prompt needs the seconds at which it begins, got 'a bell'"),
+        (["--at", "20", "a bell"], "a later prompt must begin above 0 and below 20 s, the clip's end, got 20"),
+        (["--at", "nan", "a bell"], "a later prompt must begin above 0 and below 20 s, the clip's end, got nan"),
+        (["--at", "5", " "], "prompt must be text, and not empty, got ' '"),
+        (["--at", "5", "a bell", "--at", "6", "a tom"], "later prompts must begin at least 2 s apart"),
+        (["--at", "5", "a bell", "--at", "5", "a tom", "--fade", "0"], "later prompts must begin at least 0 s apart"),
+        (["--fade", "-1"], "fade must be a finite number of at least 0, got -1.0"),
         (["--no-patch", "--compare"], "argument --compare: not allowed with argument --no-patch"),
     ],
 )

@@ -25,7 +25,7 @@ def test_the_notebook_runs_from_any_folder(tmp_path: Path) -> None:
     assert path.stat().st_size < 1.5e6
     notebook = nbformat.read(path, as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert sum("<audio" in str(cell.outputs) for cell in cells) == 3
+    assert sum("<audio" in str(cell.outputs) for cell in cells) == 4
     assert "%pip install" in cells[0].source
     quicker = {'rhythm", 20, 20': 'rhythm", 12, 2', "range(4)": "range(2)", "seconds=60)\n": "seconds=24)\n"}
     for setting, quick in quicker.items():
@@ -44,11 +44,11 @@ def test_the_notebook_runs_from_any_folder(tmp_path: Path) -> None:
             continue
         assert len(text.splitlines()) <= 12, text
         shown += text
-    assert bars == 6
+    assert bars == 7
     lengths = re.findall(r"(\d+) s: .* by arithmetic for the small embedded UNet\n", shown)
     assert lengths == ["12", "60", "300", "600"]
     assert "the same: True" in shown
-    assert sum("<audio" in str(cell.outputs) for cell in cells) == 3
+    assert sum("<audio" in str(cell.outputs) for cell in cells) == 4
     assert sum("image/png" in str(cell.outputs) for cell in cells) == 2
     assert list(tmp_path.iterdir()) == []
 
@@ -56,6 +56,7 @@ def test_the_notebook_runs_from_any_folder(tmp_path: Path) -> None:
 def test_the_sounds_are_pairs_and_small() -> None:
     clips = {path.stem: soundfile.info(path) for path in (EXAMPLES / "evidence" / "sounds").glob("*.mp3")}
     assert clips.pop("three_minutes").duration == pytest.approx(180, abs=0.1)
+    assert clips.pop("three_sounds").duration == pytest.approx(60, abs=0.1)
     patched = [stem for stem in clips if not stem.endswith("_dense")]
     assert len(patched) == 4
     assert sorted(clips) == sorted([*patched, *(f"{stem}_dense" for stem in patched)])

@@ -15,6 +15,7 @@ import functools
 import importlib.util
 import inspect
 import io
+import itertools
 import math
 import numbers
 import platform
@@ -135,6 +136,9 @@ class Parser(argparse.ArgumentParser):
         self.sound = sound
         if sound:
             add("--output", type=Path, default=sound, help="wav, flac or mp3 to write (default: %(default)s)")
+            at = "a prompt that begins at these seconds of the clip; may be repeated"
+            add("--at", nargs=2, action="append", default=[], metavar=("SECONDS", "PROMPT"), help=at)
+            add("--fade", type=float, default=2.0, help="seconds from a prompt to the next (default: %(default)s)")
         about = "fields of litefocus.LiteFocusConfig; the defaults fit any length"
         attention = self.add_argument_group("attention", about)
         self.config_class = config_class()
@@ -154,6 +158,7 @@ class Parser(argparse.ArgumentParser):
             if "runs" in args and args.runs and not args.compare:
                 raise ValueError("--runs needs --compare")
             if self.sound:
+                args.at = check_later(args.at, args.seconds, args.fade)
                 check_output(args.output)
                 if args.output.suffix.lower() == ".wav":
                     check_space(args.output.parent, args.seconds * (1 + vars(args).get("compare", False)))
@@ -218,6 +223,25 @@ def check(settings: Mapping[str, Any]) -> None:
         value = settings[name]
         if not isinstance(value, kind) or isinstance(value, bool) or not accepts(value):
             raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def check_later(prompts: Iterable[Sequence[str]], seconds: float, fade: float = 2.0) -> list[tuple[float, str]]:
+    """Pairs of times, as text, and prompts, with the times as numbers. Raises ValueError where they fit in no clip."""
+    if not 0 <= fade < math.inf:
+        raise ValueError(f"fade must be a finite number of at least 0, got {fade!r}")
+    pairs = []
+    for time, prompt in prompts:
+        try:
+            pairs.append((float(time), prompt))
+        except ValueError:
+            raise ValueError(f"a later prompt needs the seconds at which it begins, got {time!r}") from None
+        check({"prompt": prompt})
+        if not 0 < pairs[-1][0] < seconds:
+            raise ValueError(f"a later prompt must begin above 0 and below {seconds:g} s, the clip's end, got {time}")
+    times = sorted(time for time, _ in pairs)
+    if any(after - before < fade or after == before for before, after in itertools.pairwise(times)):
+        raise ValueError(f"later prompts must begin at least {fade:g} s apart, the time from one to the next")
+    return pairs
 
 
 def check_output(path: Path) -> None:

@@ -74,24 +74,47 @@ class AudioDiffusion(nn.Module):
         """Of the original a training step; here what a wrapper around the model passes."""
         return self.prepare_latents(*arguments)
 
+    def encode_text(self, prompt) -> tuple[Tensor, Tensor]:
+        """For calls without guidance."""
+        batch = self.tokenizer(prompt, padding=True, truncation=True, return_tensors="pt")
+        embeds = self.text_encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
+        return embeds, batch.attention_mask == 1
+
+    def encode_text_classifier_free(self, prompt, num_samples_per_prompt) -> tuple[Tensor, Tensor]:
+        """For calls with guidance: no prompt first."""
+        embeds, mask = self.encode_text(prompt)
+        padding = {"max_length": embeds.shape[1], "padding": "max_length", "truncation": True}
+        batch = self.tokenizer([""] * len(prompt), **padding, return_tensors="pt")
+        nothing = self.text_encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
+        both = zip((nothing, batch.attention_mask == 1), (embeds, mask), strict=True)
+        return tuple(torch.cat([x.repeat_interleave(num_samples_per_prompt, 0) for x in pair]) for pair in both)
+
     def inference(
         self, prompt, inference_scheduler, num_steps, guidance_scale, num_samples_per_prompt=1, disable_progress=True
     ) -> Tensor:
-        batch = self.tokenizer(["", *prompt], padding="max_length", max_length=8, truncation=True, return_tensors="pt")
-        embeds = self.text_encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
+        guided = guidance_scale > 1
+        if guided:
+            embeds, mask = self.encode_text_classifier_free(prompt, num_samples_per_prompt)
+        else:
+            embeds, mask = (x.repeat_interleave(num_samples_per_prompt, 0) for x in self.encode_text(prompt))
         inference_scheduler.set_timesteps(num_steps)
         latents = self.prepare_latents(
-            len(prompt), inference_scheduler, self.unet.config.in_channels, embeds.dtype, embeds.device
+            len(prompt) * num_samples_per_prompt,
+            inference_scheduler,
+            self.unet.config.in_channels,
+            embeds.dtype,
+            embeds.device,
         )
         for t in inference_scheduler.timesteps:
             noise = self.unet(
-                torch.cat([latents] * 2),
+                torch.cat([latents] * 2) if guided else latents,
                 t,
                 encoder_hidden_states=embeds,
-                encoder_attention_mask=batch.attention_mask == 1,
+                encoder_attention_mask=mask,
             ).sample
-            unconditional, conditional = noise.chunk(2)
-            noise = unconditional + guidance_scale * (conditional - unconditional)
+            if guided:
+                unconditional, conditional = noise.chunk(2)
+                noise = unconditional + guidance_scale * (conditional - unconditional)
             latents = inference_scheduler.step(noise, t, latents).prev_sample
         return latents
 
