@@ -651,8 +651,9 @@ def page(record: dict[str, list[Row]], name: str) -> str:
         f"Written by `python examples/evidence/quality.py --samples DIR --output examples/evidence/{name}`; the",
         f"figures are those of `{name}.json`. How they are measured is in the docstring of `quality.py`, what the",
         "model is in `../embedded/README.md`. More is better of class, tempo, inception and beat, less of frechet, kl",
-        "and drift. `litefocus` is the default with a time window of the model's native length, as on published models;",
-        "rows of before 2026-11-28 have one of 4 times that, and samples that are not stratified, as `paper` then had.",
+        "and drift. `litefocus` is the default with a time window of the model's native length, as on published",
+        "models; `litefocus, before` that of 2026-11-27, with 4 times that, and samples that were not stratified, as",
+        "those of `paper` were in these rows.",
         "",
         "## Sound",
         "",
@@ -674,7 +675,7 @@ def page(record: dict[str, list[Row]], name: str) -> str:
             "No judge: `cost`, the share of dense self-attention's arithmetic; `attention`, the relative error of a",
             "layer's attention output against dense on the same input, on average over all layers and, in brackets,",
             "in the worst; `latents`, the distance of final latents to those of dense attention from the same noise,",
-            "where dense attention from other noise has 1.",
+            "where dense attention from other noise has 1. Samples were not stratified yet.",
             "",
         ]
     for (model,), rows in by(record["screen"], "model").items():
