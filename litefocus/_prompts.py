@@ -161,7 +161,7 @@ class Schedule(Setting):
 
     def __str__(self) -> str:
         parts = (f"{text!r} from {time:g} s" for time, text in zip(self.times, self.prompts, strict=True))
-        return f"{', '.join(parts)}, each after a fade of {self.fade:g} s"
+        return f"{', '.join(parts)}, each fading in over {self.fade:g} s"
 
     def install(self, module: Any) -> None:
         """Wrap the layers of a UNet, and the methods of what encodes its prompt, around whatever wraps them already."""
@@ -209,7 +209,7 @@ class PromptSchedule(Handle):
     >>> pipe = AudioLDM2Pipeline.from_pretrained("examples/embedded/pipeline")
     >>> handle = litefocus.schedule_prompts(pipe, {20: "a bell"})
     >>> handle
-    <PromptSchedule of AudioLDM2Pipeline: 'a bell' from 20 s, each after a fade of 2 s, in force>
+    <PromptSchedule of AudioLDM2Pipeline: 'a bell' from 20 s, each fading in over 2 s, in force>
     >>> handle.remove()
     """
 

@@ -351,7 +351,7 @@ def test_patches_and_schedules_do_not_disturb_each_other(pipe: Any) -> None:
 def test_status_and_the_handle_say_which_prompt_when(pipe: Any, tango: Tango) -> None:
     assert litefocus.status(pipe).prompts is None
     handle = litefocus.schedule_prompts(pipe, [(45, "thunder"), (20, ["rain", "wind"])], fade=2)
-    told = "['rain', 'wind'] from 20 s, 'thunder' from 45 s, each after a fade of 2 s"
+    told = "['rain', 'wind'] from 20 s, 'thunder' from 45 s, each fading in over 2 s"
     assert litefocus.status(pipe).prompts == told
     assert f"prompts: {told}" in repr(litefocus.status(pipe)).splitlines()
     assert repr(handle) == f"<PromptSchedule of AudioLDM2Pipeline: {told}, in force>"
@@ -359,7 +359,7 @@ def test_status_and_the_handle_say_which_prompt_when(pipe: Any, tango: Tango) ->
     assert repr(handle) == f"<PromptSchedule of AudioLDM2Pipeline: {told}, not in force>"
     assert "prompts:" not in repr(litefocus.status(pipe))
     litefocus.schedule_prompts(tango, {1: "rain"}, fade=0.5)
-    assert litefocus.status(tango).prompts == "'rain' from 1 s, each after a fade of 0.5 s"
+    assert litefocus.status(tango).prompts == "'rain' from 1 s, each fading in over 0.5 s"
     litefocus.unpatch(tango)
     assert schedule_of(tango) is None
     assert not [name for name in vars(tango.model) if name.startswith(("encode", "_litefocus"))]

@@ -166,59 +166,75 @@ def share(flags: list[bool]) -> float:
     return sum(flags) / len(flags) if flags else float("nan")
 
 
-def summary(rows: list[Row]) -> Row:
-    """Figures of the clips of one line."""
-    windows = [
-        (wanted, found, row["classes"], i / len(row["wanted"]))
+def first(offsets: list[bool]) -> str:
+    """The first of OFFSETS at which something holds, in words."""
+    return next((f"{offset:+.1f} s" for offset, holds in zip(OFFSETS, offsets, strict=True) if holds), "-")
+
+
+def cells(rows: list[Row]) -> list[str]:
+    """Figures of the clips of one line of the table."""
+    pairs = [
+        (row["classes"].index(wanted), wanted, heard, row["classes"])
         for row in rows
-        for i, (wanted, found) in enumerate(zip(row["wanted"], row["heard"], strict=True))
+        for wanted, heard in zip(row["wanted"], row["heard"], strict=True)
         if wanted is not None
     ]
-    wrong = [(wanted, found, classes) for wanted, found, classes, _ in windows if wanted != found]
-    before = [found in classes[classes.index(wanted) + 1 :] for wanted, found, classes in wrong]
-    after = [found in classes[: classes.index(wanted)] for wanted, found, classes in wrong]
+    right = share([wanted == heard for _, wanted, heard, _ in pairs])
+    line = [f"{len(rows)}, {len(pairs)}", f"{right:.1%}"]
     around = [change for row in rows for change in row["around"]]
-    new = [share([change[str(o)] == "n" for change in around if str(o) in change]) for o in OFFSETS] if around else []
-    old = [share([change[str(o)] == "o" for change in around if str(o) in change]) for o in OFFSETS] if around else []
-    return {
-        "clips": len(rows),
-        "windows": len(windows),
-        "right": 1 - len(wrong) / len(windows),
-        "before": sum(before) / len(windows),
-        "after": sum(after) / len(windows),
-        "starts": next((o for o, x in zip(OFFSETS, old, strict=False) if x < 0.5), None),
-        "arrives": next((o for o, x in zip(OFFSETS, new, strict=False) if x >= 0.5), None),
-        "jumps": [jump for row in rows for jump in row["jumps"]],
-        "dips": [dip for row in rows for dip in row["dips"]],
-    }
+    if not around:
+        return [*line, *["-"] * 6]
+    early = share([heard in classes[part + 1 :] for part, _, heard, classes in pairs])
+    late = share([heard in classes[:part] for part, _, heard, classes in pairs])
+    old, new = (
+        [share([change[str(o)] == which for change in around if str(o) in change]) for o in OFFSETS] for which in "on"
+    )
+    jumps, dips = ([value for row in rows for value in row[name]] for name in ("jumps", "dips"))
+    return [
+        *line,
+        f"{early:.1%}",
+        f"{late:.1%}",
+        first([o > -1 and x < 0.5 for o, x in zip(OFFSETS, old, strict=True)]),
+        first([x >= 0.5 for x in new]),
+        f"{np.median(jumps):.2f} ({share([jump > 1 for jump in jumps]):.0%} above 1)",
+        f"{np.median(dips):.1f} dB (at most {max(dips):.1f})",
+    ]
 
 
 def page(rows: list[Row], file: str) -> str:
-    """The table, in Markdown."""
-    header = ("clips of", "seconds", "attention", "clips", "windows", "right", "next one early", "last one late")
-    header += ("old until", "new from", "jump", "dip")
-    lines = []
-    order = sorted(
-        by(rows, "seconds", "steps", "way").items(), key=lambda item: (item[0][0], list(WAYS).index(item[0][2]))
+    """Tables, in Markdown."""
+    header = ["parts", "seconds", "attention", "clips, windows", "right", "next one early", "one before late"]
+    header += ["old until", "new from", "jump", "dip"]
+    groups = by(rows, "seconds", "parts", "way", "steps")
+    order = sorted(groups, key=lambda key: (key[0], key[1], list(WAYS).index(key[2])))
+    lines = [[str(key[1]), f"{key[0]:g}", key[2], *cells(groups[key])] for key in order]
+    wrong: dict[str, int] = {}
+    for row in rows:
+        for wanted, heard in zip(row["wanted"], row["heard"], strict=True):
+            if wanted not in (None, heard) and row["way"] == "default":
+                told = f"{CLASS_NAMES[wanted]} as {CLASS_NAMES[heard]}, {'alone' if row['parts'] == 1 else 'in parts'}"
+                wrong[told] = wrong.get(told, 0) + 1
+    mistakes = "; ".join(f"{told}: {wrong[told]}" for told in sorted(wrong, key=lambda told: -wrong[told]))
+    steps, seeds = ({row[name] for row in rows} for name in ("steps", "seed"))
+    return "\n".join(
+        [
+            "# Prompts over time",
+            "",
+            f"Written by `python examples/evidence/prompts.py --output examples/evidence/{file}`; the figures are",
+            f"those of `{file}.json`. How they are measured is in the docstring of `prompts.py`. Clips of one part are",
+            "plain ones, the ceiling. "
+            f"Steps: {', '.join(map(str, sorted(steps)))}; seeds: {', '.join(map(str, sorted(seeds)))}.",
+            "",
+            table(header, lines),
+            f"Windows that the judge takes for another class, default attention: {mistakes or 'none'}.",
+            "",
+            *(f"{source}.\n" for source in dict.fromkeys(row["measured"] for row in rows)),
+        ]
     )
-    for (seconds, steps, way), group in order:
-        for (parts,), some in by(sorted(group, key=lambda row: len(row["classes"])), "parts").items():
-            found = summary(some)
-            cells = [str(parts), f"{seconds:g}", way, f"{found['clips']} ({steps} steps)", str(found["windows"])]
-            cells.append(f"{found['right']:.1%}")
-            if parts == 1:
-                cells += ["-"] * 6
-            else:
-                cells += [f"{found['before']:.1%}", f"{found['after']:.1%}"]
-                cells += ["-" if found[x] is None else f"{found[x]:+.2f} s" for x in ("starts", "arrives")]
-                cells += [f"{np.median(found['jumps']):.2f} (at most {max(found['jumps']):.2f})"]
-                cells += [f"{np.median(found['dips']):.1f} dB (at most {max(found['dips']):.1f})"]
-            lines.append(cells)
-    return table(header, lines)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure what is missing, and print the table."""
+    """Measure what is missing, and write or print the tables."""
     args = parse(argv)
     torch.set_num_threads(1)
     file = args.output.with_suffix(".json") if args.output else None
@@ -227,7 +243,10 @@ def main(argv: list[str] | None = None) -> None:
         rows = merged(rows, [row], *KEY)
         if file:
             write(file, {"rows": rows})
-    print(page(rows, ""))
+    text = page(rows, args.output.name if args.output else "NAME")
+    if args.output:
+        args.output.with_suffix(".md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

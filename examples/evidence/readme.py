@@ -1,4 +1,4 @@
-"""Write README's tables, and the pages speed.md and quality.md, from the JSON files: no figure there is typed by hand.
+"""Write README's tables, and speed.md, quality.md and prompts.md, from the JSON files: no figure is typed by hand.
 
 python examples/evidence/readme.py           # after speed.py and quality.py with --output
 python examples/evidence/readme.py --check   # exit code 1 where one of them says something else
@@ -30,6 +30,7 @@ if __name__ == "__main__":
     parse()  # `--help` and mistakes are answered before the imports below, which take seconds
 
 with interruptible():
+    import prompts
     import quality
     import speed
     import torch
@@ -190,6 +191,7 @@ def pages() -> dict[Any, str]:
         README: MARKED.sub(lambda found: found[1] + parts[found[2]]() + found[3], README.read_text()),
         HERE / "speed.md": speed.page(read(HERE / "speed.json", "rows", "checks"), "speed.png"),
         HERE / "quality.md": quality.page(evaluation, "quality"),
+        HERE / "prompts.md": prompts.page(read(HERE / "prompts.json", "rows")["rows"], "prompts"),
     }
 
 
