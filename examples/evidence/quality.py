@@ -690,7 +690,8 @@ def page(record: dict[str, list[Row]], name: str) -> str:
 def plot_forest(rows: list[Row], path: Path) -> None:
     """Differences to dense, method by metric, a panel for every length."""
     lengths = sorted({row["times"] for row in rows})
-    names = [name for name in METHODS if name not in ("dense", "self only") and any(r["method"] == name for r in rows)]
+    there = {row["method"] for row in rows}
+    names = [name for name in (*METHODS, "litefocus, before") if name in there and name not in ("dense", "self only")]
     look, limit = styles(names), 3.5
     columns = min(len(lengths), 3)  # two rows of three, at the six lengths there are
     figure, every = panels(columns, -(-len(lengths) // columns), width=4.2, height=9.0)
