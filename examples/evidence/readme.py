@@ -107,7 +107,7 @@ def figures() -> str:
     models, longest = len({row["model"] for row in sounds}), max(row["times"] for row in sounds)
     text = (
         f"A UNet step of AudioLDM 2 at its published widths, with random weights, on a CPU ({machines}): dense in "
-        "seconds, the others as speed-up in one run with it (\\* estimated from FLOPs, not measured). Sound: Fréchet "
+        "seconds, the others as speed-up (\\* estimated from FLOPs); 600 s is summed up from layers. Sound: Fréchet "
         "distance of 5 s windows to real ones, lower is better, as difference to dense ± standard error, of "
         f"{judged['clips']} clips of a small trained model. {models} trained UNets were compared with dense by seven "
         f"measures, at 1 to {longest} times their native length. Worse by over two standard errors, where 2.3 % are "
