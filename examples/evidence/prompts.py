@@ -222,7 +222,7 @@ def page(rows: list[Row], file: str) -> str:
             "",
             f"Written by `python examples/evidence/prompts.py --output examples/evidence/{file}`; the figures are",
             f"those of `{file}.json`. How they are measured is in the docstring of `prompts.py`. Clips of one part are",
-            "plain ones, the ceiling. "
+            "plain ones, the ceiling; `default` is that of 2026-11-27 (`quality.md`), not of today. "
             f"Steps: {', '.join(map(str, sorted(steps)))}; seeds: {', '.join(map(str, sorted(seeds)))}.",
             "",
             table(header, lines),
