@@ -1,8 +1,9 @@
-"""Hooks that tell a UNet's attention layers what they cannot see: the size of the latent, and the sample of the step.
+"""Hooks that tell a UNet's attention layers the size of the latent and the timestep.
 
-They see (batch, tokens, channels) alone. Clients call `unet(...)`, `unet.forward(...)`, or walk over the
-blocks themselves; all of them pass the modules that are hooked here. The first convolution gets the latent, which shows
-the grid; the modules of the time embedding get the timestep; the last convolution ends the call.
+A layer itself gets a tensor (batch, tokens, channels), which shows neither. Clients call `unet(...)`,
+`unet.forward(...)`, or walk over the blocks themselves; all of them pass the modules that are hooked here. The
+first convolution gets the latent, which shows the grid; the modules of the time embedding get the timestep; the last
+convolution ends the call.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class Context:
         self._hooks = []
 
     def _note_gradients(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A reentrant checkpoint runs its forward without grad mode, and once more with it: both need one sample."""
+        """Note whether an input requires gradients: a reentrant checkpoint runs twice, first without grad mode."""
         if torch.compiler.is_compiling():
             return
         _thread.differentiable.discard(self)
@@ -177,7 +178,7 @@ class Context:
 
 @assume_constant_result
 def _remember(context: Context, num_frames: int, freq_bins: int) -> None:
-    """What a compiler runs, too, when it traces the UNet, before it comes to its layers."""
+    """Record the size of a call. A compiler runs this while it traces the UNet, before it reaches the layers."""
     _thread.calls.pop(context, None)  # a call that was interrupted is not this one
     context.sizes = [*(grid for grid in context.sizes if grid != (num_frames, freq_bins)), (num_frames, freq_bins)]
     del context.sizes[:-SIZES_KEPT]
@@ -216,12 +217,12 @@ def focus_set_for(grid: Grid, context: Context, tokens: int, device: torch.devic
 
 
 def timestep_hash(timestep: Any) -> int | Tensor:
-    """Which of a layer's samples belongs to a step: the hash of its timestep, so that regular steps use all of them.
+    """A hash of the timestep; modulo the number of samples, it selects a layer's sample. Regular steps use all samples.
 
-    timestep: a number, or a tensor of which the first element counts. On a GPU it is not read, which would wait for the
-    device: the hash is then a scalar tensor there. It is 0 where the timestep is not to be known: in compiled and
-    traced code, and while gradients are recorded, since a checkpointed layer runs again in the backward pass, when no
-    step is known.
+    timestep: a number, or a tensor, of which the first element is used. For a tensor on a GPU the hash is a scalar
+    tensor there, since reading it would wait for the device. The hash is 0 in compiled and traced code, and while
+    gradients are recorded, since a checkpointed layer runs again in the backward pass, where the timestep is
+    unknown.
     """
     traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or traced:

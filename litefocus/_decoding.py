@@ -1,9 +1,10 @@
-"""Decoding in tiles of time: VAE and vocoder in the memory of one tile, whatever the length of the clip.
+"""Encoding and decoding in tiles of time: VAE and vocoder in the memory of one tile, whatever the length of the clip.
 
-A vocoder is convolutions alone: tiles that overlap by their reach yield what the whole clip yields. A VAE decoder also
-has group norms over the whole clip. So its tiles are decoded twice, first to accumulate the moments of every group
-norm, then with them, and neighbours are cross-faded. Two differences from decoding the whole clip remain: the moments
-are estimates, and attention in the middle block sees one tile.
+A vocoder is convolutions alone: tiles that overlap by their reach yield what the whole clip yields. Encoder and decoder
+of a VAE also have group norms over the whole clip. So their tiles are computed several times: every pass accumulates
+the moments of each group norm, and uses those of the pass before, until they stay the same. Pass n has the exact
+moments of at least n - 1 norms, so it ends; clips of even loudness take two. Neighbours are cross-faded. What remains
+different is attention in the middle block, which sees one tile.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import inspect
 import itertools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,32 +25,35 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from litefocus._registry import Handle, Setting, current
-from litefocus._target import LatentGeometry, latent_geometry, vae_and_vocoder, waveform_makers
+from litefocus._target import LatentGeometry, latent_geometry, vae_and_vocoder, vaes, waveform_makers
 
-COMPILED = (
-    "the VAE's decoder is compiled, and in tiles it would be compiled anew for every length of clip; "
-    "tile a decoder that is not compiled, or decode the whole clip at once"
-)
+VAE_METHODS = ("decode", "encode")
+SETTLED = 0.01  # of a standard deviation: moments of a group norm that change by less are the clip's
+OVERLAP = 16  # latent frames, about the reach of the published VAEs' convolutions
 
 
-def tile_decoding(pipe: Any, seconds: float = 10.24, overlap: float = 0.64) -> TiledDecoding:
-    """Decode long clips in tiles of time, in place: memory is that of one tile of one clip.
+def tile_decoding(pipe: Any, seconds: float = 10.24, overlap: float | None = None) -> TiledDecoding:
+    """Decode, and encode, long clips in tiles of time, in place: memory is that of one tile of one clip.
 
-    Clips of up to one tile are decoded as before, to the bit. Longer ones differ in the vocoder by rounding, in the VAE
-    by less than 0.02 nats of log-mel on average, and take the VAE twice as long. While autograd records, because the
-    latents or the weights require gradients, clips are decoded whole.
+    Clips of up to one tile are computed as before, to the bit. Longer ones differ in the vocoder by rounding, in the
+    VAE by less than 0.02 nats of log-mel, or 0.02 standard deviations of the latents, on average (measured on a small
+    trained VAE); attention in its middle block sees one tile. They take the VAE twice as long, or several times where
+    loudness changes much, as from music to silence. While autograd records, because the input or the weights require
+    gradients, clips are computed whole.
 
-    What the pipeline calls is tiled: `vae.decode`, and `mel_spectrogram_to_waveform` or `decode_to_waveform`. A vocoder
-    that is called directly is not. Tiling again replaces the settings; `with litefocus.tile_decoding(pipe):` tiles for
-    the block alone, as `patch` does. Pipelines that share a VAE share its tiles, and so may threads.
+    What pipelines call is tiled: `vae.decode`, `mel_spectrogram_to_waveform` or `decode_to_waveform`, and `vae.encode`
+    of (batch, 1, mel frames, mel bins), also that of the second VAE that AudioSR encodes with. A vocoder that is called
+    directly is not. Tiling again replaces the settings; `with litefocus.tile_decoding(pipe):` tiles for the block
+    alone, as `patch` does. Pipelines that share a VAE share its tiles, and so may threads.
 
     Args:
         pipe: an AudioLDM, AudioLDM 2 or MusicLDM pipeline of diffusers, a Tango, Tango 2 or Mustango object, or a
-            `LatentDiffusion` of the authors' audioldm and audioldm2 packages.
-        seconds: the longest stretch of a clip that is decoded at once; a clip is divided evenly. The default is the
+            `LatentDiffusion` of the authors' audioldm, audioldm2 and audiosr packages.
+        seconds: the longest stretch of a clip that is computed at once; a clip is divided evenly. The default is the
             length that the published VAEs were trained on.
-        overlap: seconds that the VAE decodes beyond a tile on either side, where neighbours are cross-faded. The
-            default is the reach of the published VAEs' convolutions.
+        overlap: seconds that the VAE computes beyond a tile on either side. Neighbours are cross-faded over the half
+            next to their seam. The default is 16 latent frames, about the reach of the published VAEs' convolutions:
+            0.64 s, and 1.28 s in models of 48 kHz.
 
     Returns:
         The handle: `handle.remove()` takes the tiles off, as `unpatch` does, and so does the end of its `with` block.
@@ -57,8 +61,8 @@ def tile_decoding(pipe: Any, seconds: float = 10.24, overlap: float = 0.64) -> T
     Raises:
         TypeError: for an object without such a VAE and vocoder, and for what is no number.
         ValueError: unless both are finite, `overlap` is at least 0, and `seconds` is at least one latent frame and four
-            times `overlap`; for a VAE decoder that is compiled. One that is compiled later decodes whole, with a
-            warning. After an error the pipeline is as it was.
+            times `overlap`; for a VAE whose encoder or decoder is compiled. One that is compiled later computes whole
+            clips, with a warning. After an error the pipeline is as it was.
 
     >>> import litefocus
     >>> from diffusers import AudioLDM2Pipeline
@@ -68,7 +72,7 @@ def tile_decoding(pipe: Any, seconds: float = 10.24, overlap: float = 0.64) -> T
     >>> audio.shape
     (96000,)
     """
-    for name, value in (("seconds", seconds), ("overlap", overlap)):
+    for name, value in (("seconds", seconds), ("overlap", 0 if overlap is None else overlap)):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
     geometry, makers, vae = latent_geometry(pipe), waveform_makers(pipe), vae_and_vocoder(pipe)[0]
@@ -78,26 +82,28 @@ def tile_decoding(pipe: Any, seconds: float = 10.24, overlap: float = 0.64) -> T
             "HiFi-GAN vocoder that litefocus knows; tile_decoding takes AudioLDM, AudioLDM 2 and MusicLDM pipelines of "
             "diffusers, Tango, Tango 2 and Mustango objects, and the LatentDiffusion of the original AudioLDM code"
         )
+    frame = geometry.latent_frame
+    overlap = OVERLAP * frame if overlap is None else overlap
     if not (math.isfinite(overlap) and overlap >= 0):
         raise ValueError(f"overlap must be finite and at least 0 seconds, got {overlap!r}")
-    frame = geometry.latent_frame
     if not (math.isfinite(seconds) and round(seconds / frame) >= max(1, 4 * round(overlap / frame))):
         raise ValueError(
             f"seconds must be finite, at least one latent frame ({frame:g} s) and at least four times the overlap "
             f"({overlap:g} s), got {seconds!r}"
         )
-    if _is_compiled(vae):
-        raise ValueError(COMPILED)
-    modules = {id(owner): owner for owner in (vae, *(owner for owner, _ in makers))}
-    methods = ("decode", *(name for _, name in makers))
+    for owner, method in itertools.product(vaes(pipe), VAE_METHODS):
+        if reason := _compiled(owner, method):
+            raise ValueError(reason)
+    modules = {id(owner): owner for owner in (*vaes(pipe), *(owner for owner, _ in makers))}
+    methods = (*VAE_METHODS, *(name for _, name in makers))
     return TiledDecoding(
         type(pipe).__name__, Tiles(float(seconds), float(overlap), geometry, methods), *modules.values()
     )
 
 
 def tiles_of(pipe: Any) -> Tiles | None:
-    """The tiles in which `pipe` decodes now; None unless all that decodes is tiled."""
-    owners = [vae_and_vocoder(pipe)[0], *(owner for owner, _ in waveform_makers(pipe))]
+    """The tiles in which `pipe` encodes and decodes now; None unless all that does is tiled."""
+    owners = [*vaes(pipe), *(owner for owner, _ in waveform_makers(pipe))]
     tiles = [current(owner, "tiles") for owner in owners]
     if None in tiles:
         return None
@@ -110,8 +116,8 @@ def decoding_bytes(pipe: Any, seconds: float, tiles: tuple[float, float] | None 
 
     tiles: seconds and overlap of `tile_decoding`; None where the clip is decoded whole.
 
-    From the widths of VAE and vocoder: the tensors that live at once where these are widest. What convolutions need
-    while they run comes on top.
+    Estimated from the channels of VAE and vocoder: the tensors that are alive at the stage where they are largest.
+    Temporary memory of convolutions is not counted.
     """
     geometry = latent_geometry(pipe)
     if geometry is None or geometry.mel_frame is None:
@@ -134,11 +140,36 @@ def decoding_bytes(pipe: Any, seconds: float, tiles: tuple[float, float] | None 
     return int(max(numbers, 5 * widest * mels)) * int(next(vae.parameters()).element_size())
 
 
-def _is_compiled(vae: Any) -> bool:
-    """Whether a compiler stands before the VAE's decoder, or before a part of it."""
-    parts = [part for part in (vae, getattr(vae, "decoder", None)) if isinstance(part, nn.Module)]
-    modules = [module for part in parts for module in (part.modules() if part is not vae else (vae,))]
-    return any("_orig_mod" in m._modules or vars(m).get("_compiled_call_impl") is not None for m in modules)
+def _compiled(vae: Any, method: str) -> str | None:
+    """Why a method of the VAE is not tiled: a compiler stands before the VAE, its encoder or decoder, or a part."""
+    part = f"{method}r"
+    roots = [vae, *getattr(getattr(vae, part, None), "modules", list)()]
+    modules = [module for module in roots if isinstance(module, nn.Module)]
+    if not any("_orig_mod" in m._modules or vars(m).get("_compiled_call_impl") is not None for m in modules):
+        return None
+    return (
+        f"the VAE's {part} is compiled, and in tiles it would be compiled anew for every length of clip; "
+        f"tile one that is not compiled, or {method} the whole clip at once"
+    )
+
+
+def _tensor_of(output: Any) -> Tensor:
+    """What a VAE returned: a tensor, or the moments of a distribution, alone or first in a tuple or output class."""
+    first: Any = output[0] if isinstance(output, (tuple, Mapping)) else output
+    tensor: Tensor = first if isinstance(first, Tensor) else first.parameters
+    return tensor
+
+
+def _with_tensor(output: Any, tensor: Tensor) -> Any:
+    """The same with another tensor."""
+    if isinstance(output, Tensor):
+        return tensor
+    if isinstance(output, tuple):
+        return (_with_tensor(output[0], tensor), *output[1:])
+    if isinstance(output, Mapping):  # DecoderOutput and AutoencoderKLOutput of diffusers, which are dataclasses too
+        name, first = next(iter(output.items()))
+        return dataclasses.replace(output, **{name: _with_tensor(first, tensor)})  # type: ignore[type-var]
+    return type(output)(tensor, output.deterministic)
 
 
 @dataclasses.dataclass(eq=False)
@@ -168,14 +199,15 @@ class Tiles(Setting):
                 if ours.original is not None:
                     vars(module)[method] = ours.original
 
-    def longest(self, method: str) -> int:
-        """Frames of a tile at most, in the input of a method."""
-        frames = self.seconds / self.geometry.latent_frame
-        return round(frames if method == "decode" else frames * self.geometry.vae_scale_factor)
+    def frames(self, method: str, x: Tensor) -> tuple[int, int]:
+        """Frames of an input, and of a tile at most: of the latent for a VAE, of the mel spectrogram for a vocoder."""
+        longest, scale = self.seconds / self.geometry.latent_frame, self.geometry.vae_scale_factor
+        frames = x.shape[-2] // (scale if method == "encode" else 1)
+        return frames, round(longest if method in VAE_METHODS else longest * scale)
 
     @staticmethod
     def spans(frames: int, longest: int, overlap: int) -> tuple[list[tuple[int, int, int]], int]:
-        """(first frame to put in, start and stop of its own part) for every tile, and how many frames to put in."""
+        """For every tile (first frame of its input, start and stop of the part it yields), and its input's frames."""
         count = math.ceil(frames / longest)
         window = min(frames, math.ceil(frames / count) + 2 * overlap)
         pairs = itertools.pairwise(frames * i // count for i in range(count + 1))
@@ -186,8 +218,8 @@ class Tiles(Setting):
 
         mels: (batch, 1, frames, bins) or (batch, frames, bins). Returns tensors or arrays, as `call` does.
         """
-        frames, hop = mels.shape[-2], self.geometry.hop
-        spans, window = self.spans(frames, self.longest("waveform"), self.geometry.reach)
+        (frames, longest), hop = self.frames("waveform", mels), self.geometry.hop
+        spans, window = self.spans(frames, longest, self.geometry.reach)
         waves: list[Any] = []
         for clip in torch.split(mels, 1):  # a batch would take the memory of as many tiles
             parts: list[Any] = []
@@ -198,48 +230,48 @@ class Tiles(Setting):
             waves.append(torch.cat(parts, -1) if isinstance(part, Tensor) else np.concatenate(parts, -1))
         return torch.cat(waves) if isinstance(part, Tensor) else np.concatenate(waves)
 
-    def mels(self, call: Callable[[Tensor], Any], latents: Tensor) -> Any:
-        """Group norms with the moments of the whole clip, and a cross-fade over the overlap of neighbours.
+    def by_vae(self, method: str, call: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """Group norms with the moments of the whole clip, and a cross-fade of neighbours.
 
-        latents: (batch, channels, frames, bins). Returns what `call` does: a tensor, a tuple, or a `DecoderOutput`.
+        x: (batch, channels, frames, bins), a mel spectrogram to encode, or latents. Returns what `call` does.
         """
         output: Any = None
 
-        def decode(clip: Tensor) -> Tensor:
+        def run(clip: Tensor) -> Tensor:
             nonlocal output
             output = call(clip)
-            return output if isinstance(output, Tensor) else output[0]
+            return _tensor_of(output)
 
-        whole = torch.cat([self._mels_of_one(decode, clip) for clip in torch.split(latents, 1)])
-        if isinstance(output, Tensor):
-            return whole.to(output.device)
-        whole = whole.to(output[0].device)
-        return (whole, *output[1:]) if isinstance(output, tuple) else dataclasses.replace(output, sample=whole)
+        whole = torch.cat([self._clip_by_vae(method, run, clip) for clip in torch.split(x, 1)])
+        return _with_tensor(output, whole.to(_tensor_of(output).device))
 
-    def _mels_of_one(self, decode: Callable[[Tensor], Tensor], clip: Tensor) -> Tensor:
-        """(1, channels, frames of the mel spectrogram, bins), on the CPU."""
-        frames, overlap = clip.shape[-2], round(self.overlap / self.geometry.latent_frame)
-        spans, window = self.spans(frames, self.longest("decode"), overlap)
-        norms = _ClipNorms(frames, window)
-        with torch.no_grad():
+    def _clip_by_vae(self, method: str, run: Callable[[Tensor], Tensor], clip: Tensor) -> Tensor:
+        """(1, channels, frames, bins), on the CPU. Tiles begin at latent frames, where an encoder's strides do."""
+        (frames, longest), overlap = self.frames(method, clip), round(self.overlap / self.geometry.latent_frame)
+        spans, window = self.spans(frames, longest, overlap)
+        step = self.geometry.vae_scale_factor if method == "encode" else 1
+        rest = clip.shape[-2] - step * frames  # too short for a latent frame, but the last one depends on it
+        fade = (overlap + 1) // 2  # next to its ends, a tile lacks what convolutions would read beyond them
+        norms = _ClipNorms(window)
+        while not norms.settled:
+            whole = None
             for first, start, stop in spans:
-                with norms.accumulate(start - first, stop - first):
-                    part = decode(clip.narrow(-2, first, window))
-        scale = part.shape[2] // window
-        whole = torch.zeros(1, part.shape[1], scale * frames, part.shape[3], dtype=part.dtype)
-        ramp = (torch.arange(2 * overlap * scale, dtype=part.dtype)[:, None] + 0.5) / (2 * overlap * scale or 1)
-        del part
-        for first, start, stop in spans:
-            begin, end = max(0, start - overlap), min(frames, stop + overlap)
-            with norms.normalize():
-                part = decode(clip.narrow(-2, first, window))
-            part = part[:, :, scale * (begin - first) : scale * (end - first)].cpu()
-            weight = torch.ones(part.shape[2], 1, dtype=part.dtype)
-            if start > 0:
-                weight[: len(ramp)] = ramp
-            if stop < frames:
-                weight[len(weight) - len(ramp) :] = 1 - ramp
-            whole[:, :, scale * begin : scale * end] += part * weight
+                with torch.no_grad(), norms.tile(start - first, stop - first):
+                    part = run(clip.narrow(-2, step * first, step * window + rest))
+                scale = part.shape[2] // window
+                begin, end = max(0, start - fade), min(frames, stop + fade)
+                if whole is None:
+                    whole = torch.zeros(1, part.shape[1], scale * frames, part.shape[3], dtype=part.dtype)
+                    ramp = (torch.arange(2 * fade * scale, dtype=part.dtype)[:, None] + 0.5) / (2 * fade * scale or 1)
+                part = part[:, :, scale * (begin - first) : scale * (end - first)].cpu()
+                weight = torch.ones(part.shape[2], 1, dtype=part.dtype)
+                if start > 0:
+                    weight[: len(ramp)] = ramp
+                if stop < frames:
+                    weight[len(weight) - len(ramp) :] = 1 - ramp
+                whole[:, :, scale * begin : scale * end] += part * weight
+            norms.end_pass()
+        assert whole is not None
         return whole
 
 
@@ -275,9 +307,9 @@ class TiledDecoding(Handle):
 
 
 class _Tiled:
-    """A method's wrapper that calls it tile by tile; the wrapped object keeps it.
+    """Wraps a method of a module, in whose `__dict__` it is kept, and calls that method tile by tile.
 
-    Without tiles in force, or where a newer wrapper is in its place, it calls the method once.
+    Without tiles in force, or where a newer wrapper has replaced this one, it calls the method once.
     """
 
     def __init__(self, module: Any, method: str) -> None:
@@ -295,42 +327,53 @@ class _Tiled:
         x = args[0] if args else kwargs.get(self.argument)
         if tiles is None or x is None or vars(module).get("_litefocus_tiled", {}).get(self.method) is not self:
             return call(*args, **kwargs)
-        of_vae = self.method == "decode"
+        of_vae = self.method in VAE_METHODS
         # a graph would keep every tile in memory, and tiles take the moments of group norms as constants
         weights = module.parameters() if of_vae else ()
         differentiable = torch.is_grad_enabled() and (x.requires_grad or any(each.requires_grad for each in weights))
-        if (
-            x.shape[-2] <= tiles.longest(self.method)
-            or differentiable
-            or (self.saves_files and kwargs.get("save", True))
-        ):
+        frames, longest = tiles.frames(self.method, x)
+        if frames <= longest or differentiable or (self.saves_files and kwargs.get("save", True)):
             return call(*args, **kwargs)
-        if of_vae and _is_compiled(module):
-            warnings.warn(f"decoding the whole clip at once: {COMPILED}", stacklevel=2)
+        if of_vae and (reason := _compiled(module, self.method)):
+            warnings.warn(f"{self.method[:-1]}ing the whole clip at once: {reason}", stacklevel=2)
             return call(*args, **kwargs)
         others = {name: value for name, value in kwargs.items() if args or name != self.argument}
-        return (tiles.mels if of_vae else tiles.waveform)(lambda part: call(part, *args[1:], **others), x)
+        in_tiles = functools.partial(tiles.by_vae, self.method) if of_vae else tiles.waveform
+        return in_tiles(lambda part: call(part, *args[1:], **others), x)
 
 
 class _ClipNorms(TorchFunctionMode):
-    """Replaces F.group_norm while a clip is decoded in tiles: accumulates each norm's moments, then normalizes by them.
+    """Replaces F.group_norm while a clip passes a VAE in tiles: accumulates the moments of each norm, then uses them.
 
     Norms are told apart by the order of calls. A torch-function mode acts on its own thread alone.
     """
 
-    def __init__(self, frames: int, window: int) -> None:
+    def __init__(self, window: int) -> None:
         super().__init__()
-        self.frames, self.window = frames, window
-        self.moments: dict[int, Tensor] = {}  # (2, groups): mean, mean of squares
+        self.window, self.passes, self.settled = window, 0, False
+        self.sums: dict[int, Tensor] = {}  # (3, groups), over frames: of one, of their mean, of their mean of squares
+        self.moments: dict[int, Tensor] = {}  # (2, groups): mean and standard deviation, of the pass before
 
-    def accumulate(self, start: int, stop: int) -> _ClipNorms:
-        """For one tile: use its own moments, and add those of its frames start to stop to the clip's."""
+    def tile(self, start: int, stop: int) -> _ClipNorms:
+        """For one tile, whose frames start to stop are its own part of the clip."""
         self.start, self.stop, self.calls = start, stop, 0
         return self
 
-    def normalize(self) -> _ClipNorms:
-        """For one tile: normalize by the moments that were accumulated."""
-        return self.accumulate(0, 0)
+    def end_pass(self) -> None:
+        """Settled if no norm's moments have changed, or after a pass for every norm and one more."""
+        before, self.moments = self.moments, {index: self._moments(sums) for index, sums in self.sums.items()}
+        self.passes, self.sums = self.passes + 1, {}
+        changed = not before or any(self._changed(old, self.moments[index]) for index, old in before.items())
+        self.settled = not changed or self.passes > len(self.moments)
+
+    @staticmethod
+    def _changed(old: Tensor, new: Tensor) -> bool:
+        return bool(((new - old).abs() > SETTLED * new[1].clamp(min=1e-3)).any())
+
+    @staticmethod
+    def _moments(sums: Tensor) -> Tensor:
+        mean, square = sums[1:] / sums[0]
+        return torch.stack([mean, (square - mean**2).clamp(min=0).sqrt()])
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         return (self.group_norm if func is F.group_norm else func)(*args, **(kwargs or {}))
@@ -341,15 +384,15 @@ class _ClipNorms(TorchFunctionMode):
         """x: (1, channels, frames, bins), or tokens for both, frame after frame."""
         index, self.calls = self.calls, self.calls + 1
         dtype = torch.promote_types(x.dtype, torch.float32)
-        if self.stop:
-            own = x[0, :, self.start * x.shape[2] // self.window : self.stop * x.shape[2] // self.window]
-            dims = tuple(range(1, own.ndim + 1))
-            var, mean = torch.var_mean(own.view(num_groups, -1, *own.shape[1:]).to(dtype), dim=dims, correction=0)
-            moments = torch.stack([mean, var + mean**2])
-            self.moments[index] = self.moments.get(index, 0) + (self.stop - self.start) / self.frames * moments
-        else:
-            moments = self.moments[index]
-        mean, square = moments.repeat_interleave(x.shape[1] // num_groups, dim=1)
+        step = x.shape[2] // self.window
+        # to the end of a window that its own part ends, whose last frames may be too few for a latent frame
+        own = x[0, :, step * self.start : None if self.stop == self.window else step * self.stop]
+        dims = tuple(range(1, own.ndim + 1))
+        var, mean = torch.var_mean(own.view(num_groups, -1, *own.shape[1:]).to(dtype), dim=dims, correction=0)
+        sums = own.shape[1] * torch.stack([torch.ones_like(mean), mean, var + mean**2])
+        self.sums[index] = self.sums.get(index, 0) + sums
+        moments = self.moments[index] if self.passes else self._moments(sums)
+        mean, deviation = moments.repeat_interleave(x.shape[1] // num_groups, dim=1)
         weight, bias = (None if given is None else given.to(dtype) for given in (weight, bias))
         # normalising with moments that are given is what batch norm does in evaluation
-        return F.batch_norm(x, mean, (square - mean**2).clamp(min=0), weight, bias, eps=eps)
+        return F.batch_norm(x, mean, deviation**2, weight, bias, eps=eps)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +19,9 @@ MIN_KEYS_SAVED = 48
 # Samples of a layer. Steps alternate between them, so that their errors average out.
 NUM_SAMPLES = 4
 
-LENGTHS_KEPT = 4  # clip lengths whose focus sets a layer keeps, so that a few can alternate without rebuilding
+# Bytes of focus sets that a layer keeps, and the newest in any case: all samples of a few lengths up to half a minute.
+# Of longer clips it has one sample at a time, since building the next takes less than a hundredth of the step.
+KEPT_BYTES = 2**19
 
 
 class Grid:
@@ -36,8 +37,8 @@ class Grid:
 
     Attributes:
         why_dense: why the last call that could have focused did not: tokens of another number, or a mask.
-        last_call: number of the last UNet call that reached the layer; infinite once it is compiled, when calls no
-            longer show.
+        last_call: number of the last UNet call that reached the layer; infinite once the layer is compiled, since
+            compiled code does not count calls.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Grid:
             self.local_config = replace(config, time_window=halved(config.time_window, level))
         self.why_dense: str | None = None
         self.last_call: float = 0
-        self._built: dict[tuple[int, int, torch.device], _Samples] = {}
+        self._built: dict[tuple[int, int, torch.device, int | None], _Built] = {}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, level={self.level}, config={self.config})"
@@ -80,56 +81,69 @@ class Grid:
         return keys / tokens if tokens - keys >= self.min_keys_saved else 1.0
 
     def focus_set(self, num_frames: int, freq_bins: int, device: torch.device, sample: int | Tensor = 0) -> FocusSet:
-        """One of the layer's focus sets on `device`; built at the first call for a length."""
-        key = (num_frames, freq_bins, device)
+        """One of the layer's focus sets on `device`; built at the first call that needs it."""
+        # a tensor on a GPU is not read: all samples lie there, and it chooses among them
+        which: int | None = 0
+        if self.num_samples > 1:
+            which = None if isinstance(sample, Tensor) else sample % self.num_samples
+        key = (num_frames, freq_bins, device, which)
         built = self._built.get(key)
         if built is None:
             with torch.inference_mode(False):  # made in inference mode, they could not serve a later backward pass
-                built = _Samples(tuple(self._build(*key)))
-            if type(built.sets[0].inverse) is not torch.Tensor:
-                return built.sets[0]  # made while a tracer looks on: of no use outside
-            free = [key for key, others in list(self._built.items()) if not others.captured]
-            for evicted in free[: 1 - LENGTHS_KEPT]:
-                self._built.pop(evicted, None)  # default: another thread may have been faster
-            self._built[key] = built
+                built = self._build(*key)
+            if type(built.focus.inverse) is not torch.Tensor:
+                return built.focus  # made while a tracer looks on: of no use outside
+            self._keep(key, built)
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             built.captured = True
-        return built.choose(sample)
+        return built.choose(sample) if which is None else built.focus
 
-    def _build(self, num_frames: int, freq_bins: int, device: torch.device) -> Iterator[FocusSet]:
-        """The layer's samples, which share everything but their keys."""
-        first: FocusSet | None = None
-        for sample in range(self.num_samples):
-            focus = focus_set(
-                num_frames, freq_bins, self.local_config, layer=self.name, freq_axis=self.freq_axis, sample=sample
-            )
-            if first is not None:
-                focus = replace(first, keys=focus.keys)
-            focus = focus.to(device)
-            first = first or focus
-            for constant in (focus.queries, focus.keys, focus.inverse, focus.log_weights):
-                if constant is not None:
-                    mark_static(constant)
-            yield focus
+    def _build(self, num_frames: int, freq_bins: int, device: torch.device, which: int | None) -> _Built:
+        """Sample number `which`, or all. Samples of one length share everything but their keys."""
+        size = (num_frames, freq_bins, device)
+        first = next((built.focus for key, built in list(self._built.items()) if key[:3] == size), None)
+        sets = [
+            focus_set(*size[:2], self.local_config, layer=self.name, freq_axis=self.freq_axis, sample=sample)
+            for sample in (range(self.num_samples) if which is None else [which])
+        ]
+        first = first or sets[0].to(device)
+        focus = replace(first, keys=sets[0].keys.to(device))
+        for constant in (focus.queries, focus.keys, focus.inverse, focus.log_weights):
+            if constant is not None:
+                mark_static(constant)
+        return _Built(focus, torch.stack([each.keys for each in sets]).to(device) if which is None else None)
+
+    def _keep(self, key: tuple[int, int, torch.device, int | None], built: _Built) -> None:
+        """Keep the newest, and of the others what fits into KEPT_BYTES, and what CUDA graphs read."""
+        size = built.nbytes
+        for other, old in reversed(list(self._built.items())):
+            size += old.nbytes
+            if size > KEPT_BYTES and not old.captured:
+                self._built.pop(other, None)  # default: another thread may have been faster
+        self._built[key] = built
 
 
-class _Samples:
-    """The samples of one grid on one device."""
+@dataclass
+class _Built:
+    """A focus set; where the sample is chosen on a GPU, with the keys of all (samples, groups, keys_per_query).
 
-    def __init__(self, sets: tuple[FocusSet, ...]) -> None:
-        self.sets = sets
-        self.captured = False  # by a CUDA graph, which reads their memory as long as it lives: never to be evicted
-        self._keys: Tensor | None = None  # (samples, groups, keys_per_query), where the sample is chosen on a GPU
+    captured: by a CUDA graph, which reads their memory as long as it lives.
+    """
 
-    def choose(self, sample: int | Tensor) -> FocusSet:
-        if len(self.sets) == 1:
-            return self.sets[0]
-        if isinstance(sample, int):
-            return self.sets[sample % len(self.sets)]
-        if self._keys is None:
-            self._keys = torch.stack([focus.keys for focus in self.sets])
-        index = sample.to(self._keys.device).view(1) % len(self.sets)
-        return replace(self.sets[0], keys=self._keys.index_select(0, index)[0])
+    focus: FocusSet
+    keys: Tensor | None = None
+    captured: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Of the keys, which are nearly all."""
+        return (self.focus.keys if self.keys is None else self.keys).nbytes
+
+    def choose(self, sample: Any) -> FocusSet:
+        """The set of a sample that is a scalar tensor."""
+        assert self.keys is not None
+        index = sample.to(self.keys.device).view(1) % len(self.keys)
+        return replace(self.focus, keys=self.keys.index_select(0, index)[0])
 
 
 def halved(size: int, level: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ PLAIN_PROCESSORS = {
 FORWARD_HOOKS = {"accelerate.hooks", "diffusers.hooks.hooks"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layer:
     """A self-attention layer: its path in the UNet, free of every wrapper's name, and the level of its grid."""
 
@@ -104,10 +104,10 @@ def _holds(layer: nn.Module, name: str) -> bool:
 def self_attention_layers(unet: nn.Module) -> list[Layer]:
     """The attention layers that are called without encoder states, in the UNet's order.
 
-    A layer is one if `to_k` takes as many channels as `to_q`. `is_cross_attention` does not tell: AudioLDM's attn2 has
-    it and attends to itself. If some layers of a UNet take encoder states, then one whose encoder has its own width by
-    chance is told by what it says that it was built for, or by the config of the transformer around it (the old
-    diffusers that Mustango ships).
+    A layer counts if `to_k` takes as many channels as `to_q`. `is_cross_attention` alone is no criterion: it is True on
+    AudioLDM's attn2, which attends to its own input. In a UNet where some layers take encoder states, the encoder's
+    width may equal a layer's. Such a layer is recognised by `is_cross_attention`, or by the config of the transformer
+    around it (the old diffusers that Mustango ships).
     """
     found, for_encoder = [], set()
     for prefix, block, level in blocks(unet):
@@ -137,9 +137,9 @@ def _is_attention(module: Any) -> bool:
 
 def _is_for_encoder(attn: nn.Module, name: str, config: Any) -> bool:
     """Whether a layer was built for encoder states. config: of the transformer around it, None where there is none."""
-    said: bool | None = getattr(attn, "is_cross_attention", None)
-    if said is not None:
-        return said
+    is_cross_attention: bool | None = getattr(attn, "is_cross_attention", None)
+    if is_cross_attention is not None:
+        return is_cross_attention
     if getattr(config, "cross_attention_dim", None) is None:
         return False
     if name.endswith("attn2"):
@@ -147,24 +147,24 @@ def _is_for_encoder(attn: nn.Module, name: str, config: Any) -> bool:
     return bool(getattr(config, "only_cross_attention", False))
 
 
-def layers_to_patch(unet: nn.Module) -> list[Layer]:
-    """All self-attention layers. Raises ValueError if none of them is plain."""
+def layers_to_patch(unet: nn.Module) -> dict[Layer, str | None]:
+    """Every self-attention layer, with the reason why it stays dense or None. Raises ValueError if all stay dense."""
     layers = self_attention_layers(unet)
     nothing = f"no self-attention layer of {type(unet).__name__} can be patched"
     if not layers:
         raise ValueError(f"{nothing}: its down, mid and up blocks hold none that litefocus knows")
-    reasons = [left_dense(layer.attn) for layer in layers]
-    if None not in reasons:
-        raise ValueError(f"{nothing} ({count_reasons(reasons)})")
-    return layers
+    reasons = {layer: _left_dense(layer.attn) for layer in layers}
+    if None not in reasons.values():
+        raise ValueError(f"{nothing} ({count_reasons(reasons.values())})")
+    return reasons
 
 
-def count_reasons(reasons: list[str | None]) -> str:
-    """How many layers are not plain, and why: '2: its processor is X; 1: ...'. Empty if all are."""
+def count_reasons(reasons: Iterable[str | None]) -> str:
+    """How many layers stay dense, and why: '2: its processor is X; 1: ...'. Empty if none does."""
     return "; ".join(f"{count}: {reason}" for reason, count in Counter(filter(None, reasons)).items())
 
 
-def left_dense(attn: Any) -> str | None:
+def _left_dense(attn: Any) -> str | None:
     """Why `patch` leaves a layer dense; None if it does not.
 
     A patched layer that something has wrapped since counts as patched, unless the UNet's last call did not reach it.

@@ -11,16 +11,7 @@ from torch import nn
 
 from litefocus._context import Context
 from litefocus._grid import MIN_KEYS_SAVED, NUM_SAMPLES, Grid, halved
-from litefocus._layers import (
-    Layer,
-    count_reasons,
-    install,
-    layers_to_patch,
-    left_dense,
-    patched,
-    self_attention_layers,
-    uninstall,
-)
+from litefocus._layers import count_reasons, install, layers_to_patch, patched, self_attention_layers, uninstall
 from litefocus._probe import probing
 from litefocus._registry import Handle, Setting, clear
 from litefocus._status import Status, status_of
@@ -48,14 +39,14 @@ def patch(
     threads that share a UNet share its patches, so patch once at start-up, not per request. If the first patch comes or
     the last one goes during a call, some layers of that call run dense.
 
-    A layer is patched if it does nothing but attend: by one of diffusers' own processors (PLAIN_PROCESSORS in
-    _layers.py) or as CompVis' CrossAttention, with the `forward` of its class. Every other layer stays dense and runs
-    its own code: a warning says how many and why, `status` says which.
+    A layer is patched if it computes plain attention: its `forward` is that of its class, and it has one of diffusers'
+    own processors (PLAIN_PROCESSORS in _layers.py) or is CompVis' CrossAttention. Every other layer stays dense and
+    runs its own code: a warning says how many and why, `status` says which.
 
     All elements of a batch use the sample of the first one's timestep. Compiled, traced and exported code uses one
-    sample at every step, and so do calls that record gradients, reentrant checkpoints included. Such a checkpoint is
-    recognised by a UNet input with `requires_grad`; where none has it, checkpoint with `use_reentrant=False`. With
-    gradient checkpointing, call `backward()` inside of the `with` block too: layers run again there.
+    sample at every step, and so do calls that record gradients, reentrant checkpoints included. A reentrant
+    checkpoint is recognised by a UNet input with `requires_grad`; if no input has it, use `use_reentrant=False`. With
+    gradient checkpointing, call `backward()` inside of the `with` block too, since `backward()` runs layers again.
 
     Args:
         pipe: an AudioLDM, AudioLDM 2 or MusicLDM pipeline of diffusers, a Tango, Tango 2, Mustango or ConsistencyTTA
@@ -103,28 +94,34 @@ def patch_with(
     min_keys_saved: int = MIN_KEYS_SAVED,
     stacklevel: int = 2,
 ) -> Patch:
-    """`patch`, with what only measurements change: see `Grid`."""
+    """`patch`, with `num_samples` and `min_keys_saved` of `Grid`, which only tests and measurements change."""
     target = resolve(pipe)
     freq_bins = target.check_axes(freq_bins, freq_axis)
-    layers = layers_to_patch(target.unet)
+    reasons = layers_to_patch(target.unet)
     known_bins = target.geometry.freq_bins if target.geometry else freq_bins
     if known_bins is not None:
-        _check_bins(target.unet, layers, config, known_bins)
+        _check_bins(target.unet, [layer.level for layer in reasons], config, known_bins)
     handed_in: dict[str, Any] = {"num_samples": num_samples, "min_keys_saved": min_keys_saved}
     grids = {
         layer.name: Grid(layer.name, level=layer.level, config=config, freq_axis=freq_axis, **handed_in)
-        for layer in layers
+        for layer in reasons
     }
     warn_of_known_problems(pipe, stacklevel + 1)
-    _warn_of_dense_layers(layers, stacklevel + 1)
+    dense = sum(reason is not None for reason in reasons.values())
+    if dense:
+        warnings.warn(
+            f"{dense} of {len(reasons)} self-attention layers stay dense and run their own code "
+            f"({count_reasons(reasons.values())})",
+            stacklevel=stacklevel,
+        )
     return Patch(target, PatchSetting(config, grids, freq_axis, freq_bins, known_bins))
 
 
 def unpatch(pipe: Any) -> None:
-    """Remove all that litefocus put on a pipeline: patches, also of running blocks, tiles, prompts, and Tango's length.
+    """Remove all patches, also those of `with` blocks that still run, tiles, prompts over time, and Tango's duration.
 
-    Layers get back the same processor objects. A processor that was set after `patch` stays. One that wraps LiteFocus'
-    goes on wrapping it, and calls the original through it. Harmless where nothing is patched.
+    Layers get back the same processor objects. A processor that was set after `patch` stays. If it wraps LiteFocus'
+    processor, that one now calls the original. Harmless where nothing is patched.
 
     Args:
         pipe: what `patch`, `tile_decoding`, `schedule_prompts` and `set_duration` accept.
@@ -152,8 +149,8 @@ def unpatch(pipe: Any) -> None:
 class PatchSetting(Setting):
     """One patch of one UNet.
 
-    grids: of its layers, by name. freq_bins: that its inputs must have, None for any. known_bins: that they are
-    expected to have, for `status` before the first call.
+    grids: the grid of every layer, by the layer's name. freq_bins: number that the UNet's inputs must have, None for
+    any. known_bins: number that they are expected to have, which `status` shows before the first call.
     """
 
     kind = "patch"
@@ -205,7 +202,7 @@ class PatchSetting(Setting):
 class Patch(Handle):
     """The handle that `patch` returns, in the manner of `torch.utils.hooks.RemovableHandle`.
 
-    config: the settings that were installed. Its repr is `status` of the UNet, as it is now. It keeps no weights alive.
+    config: the settings of this patch. The handle's repr is the UNet's present `status`. It keeps no weights alive.
 
     >>> import litefocus
     >>> from diffusers import AudioLDM2Pipeline
@@ -236,27 +233,16 @@ class Patch(Handle):
         return repr(self) if found is None else found._repr_html_()
 
 
-def _warn_of_dense_layers(layers: list[Layer], stacklevel: int) -> None:
-    reasons = [left_dense(layer.attn) for layer in layers]
-    if any(reasons):
-        count = len(reasons) - reasons.count(None)
-        warnings.warn(
-            f"{count} of {len(layers)} self-attention layers stay dense and run their own code "
-            f"({count_reasons(reasons)})",
-            stacklevel=stacklevel,
-        )
-
-
-def _check_bins(unet: nn.Module, layers: list[Layer], config: LiteFocusConfig, freq_bins: int) -> None:
-    bins = sorted({halved(freq_bins, layer.level) for layer in layers}, reverse=True)
+def _check_bins(unet: nn.Module, levels: list[int], config: LiteFocusConfig, freq_bins: int) -> None:
+    bins = sorted({halved(freq_bins, level) for level in levels}, reverse=True)
     nothing = f"no self-attention layer of {type(unet).__name__} would focus: "
     if bins[0] == 1:
         raise ValueError(
-            f"{nothing}all {len(layers)} have a single frequency bin, which leaves no frequency axis to focus on; "
+            f"{nothing}all {len(levels)} have a single frequency bin, which leaves no frequency axis to focus on; "
             "check freq_bins"
         )
     if bins[0] < config.min_freq_bins:
         raise ValueError(
-            f"{nothing}the {len(layers)} have {', '.join(map(str, bins))} frequency bins, and min_freq_bins is "
+            f"{nothing}the {len(levels)} have {', '.join(map(str, bins))} frequency bins, and min_freq_bins is "
             f"{config.min_freq_bins}; set min_freq_bins to {bins[0]} or less"
         )

@@ -1,4 +1,4 @@
-"""See how far a patch would be from a model's dense self-attention, and where that looks, before trusting it."""
+"""Measure how far a patch would be from a model's dense self-attention, and its mass on the own bin."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch.utils.hooks import RemovableHandle
 
 from litefocus._context import Context
 from litefocus._grid import Grid, halved
-from litefocus._layers import Layer, count_reasons, layers_to_patch, obstacle
+from litefocus._layers import Layer, count_reasons, layers_to_patch
 from litefocus._processor import attention_inputs
 from litefocus._registry import current
-from litefocus._table import Table
+from litefocus._table import Table, by_freq_bins
 from litefocus._target import resolve
 from litefocus.config import ConfigOptions, LiteFocusConfig, merged_config, shows_options
 from litefocus.focus import FreqAxis
@@ -30,7 +30,7 @@ NATIVE_FRAMES = 256  # 10.24 s at 25 latent frames a second, what AudioLDM-style
 # Settings within this mean error were as good as dense attention in the evaluation, examples/evidence/quality.md.
 CLOSE = 0.2
 
-_measured: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # UNets in a block of `probe`
+_probed: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # UNets in a block of `probe`
 
 
 def compared_settings(config: LiteFocusConfig) -> dict[str, LiteFocusConfig]:
@@ -49,20 +49,12 @@ def compared_settings(config: LiteFocusConfig) -> dict[str, LiteFocusConfig]:
 
 
 @dataclass(frozen=True)
-class Share:
-    """Mean share of attention mass on a set of keys, in [0, 1], and what uniform attention would have there."""
-
-    mass: float
-    uniform: float
-
-
-@dataclass(frozen=True)
 class LayerProbe:
     """One self-attention layer, averaged over the calls, batch elements, heads and queries that were looked at.
 
     name: its path in the UNet. freq_bins, frames: of its grid at the last call. calls: how many.
-    same_frequency: dense attention's mass on the query's own frequency bin. focus: inside its focus set. window: no
-        more than half a time window away. None where the layer was not called.
+    same_frequency: share of dense attention's mass on the query's own frequency bin, in [0, 1]; about 1 / freq_bins
+        where a layer attends to all bins alike. None where the layer was not called.
     errors: by settings, the distance of the attention output from dense attention's, relative to it (Frobenius norms
         over everything that was looked at); 0 where the settings leave the layer dense.
     keys_kept: by settings, the share of keys at the last call.
@@ -72,9 +64,7 @@ class LayerProbe:
     freq_bins: int | None
     frames: int | None
     calls: int
-    same_frequency: Share | None
-    focus: Share | None
-    window: Share | None
+    same_frequency: float | None
     errors: dict[str, float]
     keys_kept: dict[str, float]
 
@@ -92,13 +82,12 @@ def probe(
 
     For every layer: the relative error of the attention output with the settings asked about and with a few others
     (the default, the paper's, one shared sample for all queries, a time window of 256 frames alone), and which share of
-    dense attention's mass lies on the query's own frequency bin, in its focus set and in a time window. Its table sums
-    them up by level, with one line of advice.
+    dense attention's mass lies on the query's own frequency bin. The printed table has their means by level, under a
+    line of advice.
 
     No output changes. At every call the scores of 64 queries are computed once more, never those of all: one batch
-    element at a time, (heads, 64, tokens) in float32. A mass near the uniform share means that the layer attends
-    everywhere alike. Every self-attention layer is measured, also those below `min_freq_bins`. The time window is
-    `config.time_window`, 256 frames (10.24 s) where that is None.
+    element at a time, (heads, 64, tokens) in float32. Every layer on which `patch` would put its attention is measured,
+    also those below `min_freq_bins`.
 
     Args:
         pipe: as for `patch`.
@@ -124,8 +113,8 @@ def probe(
     >>> with litefocus.probe(pipe) as probe:
     ...     audio = pipe("a slow bell", audio_length_in_s=2.0, num_inference_steps=1).audios[0]
     >>> first = probe.layers[0]
-    >>> first.freq_bins, first.frames, first.same_frequency.uniform, 0 < first.same_frequency.mass < 1
-    (8, 25, 0.125, True)
+    >>> first.freq_bins, first.frames, 0 < first.same_frequency < 1
+    (8, 25, True)
     """
     config = merged_config("probe()", config, options)
     target = resolve(pipe)
@@ -138,7 +127,7 @@ def probe(
 
 def probing(unet: nn.Module) -> bool:
     """Whether a block of `probe` measures this UNet."""
-    return unet in _measured
+    return unet in _probed
 
 
 class Probe(Table):
@@ -159,14 +148,9 @@ class Probe(Table):
         self._owner = type(unet).__name__
         self._unet = weakref.ref(unet)
         self._context = context
-        layers = layers_to_patch(unet)
-        reasons = [obstacle(layer.attn) for layer in layers]
-        self._left_out = count_reasons(reasons)
-        self._layers = [
-            _Measured(layer, config, context, freq_bins)
-            for layer, reason in zip(layers, reasons, strict=True)
-            if reason is None
-        ]
+        reasons = layers_to_patch(unet)
+        self._left_out = count_reasons(reasons.values())
+        self._layers = [_Measured(x, config, context, freq_bins) for x, reason in reasons.items() if reason is None]
         self._hooks: list[RemovableHandle] = []
 
     @property
@@ -183,7 +167,7 @@ class Probe(Table):
             raise RuntimeError("a probe is measuring this UNet already; leave its block first")
         if current(unet, "patch") is not None:
             raise RuntimeError("the pipeline was patched after the probe was made; litefocus.unpatch(pipe) first")
-        _measured.add(unet)
+        _probed.add(unet)
         self._context.hook(unet)
         for layer in self._layers:
             attn = layer.attn()
@@ -201,7 +185,7 @@ class Probe(Table):
         self._context.unhook()
         unet = self._unet()
         if unet is not None:
-            _measured.discard(unet)
+            _probed.discard(unet)
         if kind is None and not any(layer.calls for layer in self._layers):
             raise RuntimeError(
                 "the probe saw no self-attention call: run the pipeline inside of the with block, and compile its "
@@ -235,33 +219,23 @@ class Probe(Table):
         ratio = min(1.0, self.config.sparse_ratio * (mean[given] / CLOSE) ** 2)
         far_off = [row.name for row in rows if row.errors[given] > CLOSE]
         return (
-            f"{found}: {len(far_off)} of {len(rows)} layers attend to few single tokens, such as {far_off[0]}; raise "
-            f"sparse_ratio to {ratio:.2g}"
+            f"{found}: in {len(far_off)} of {len(rows)} layers, such as {far_off[0]}, few tokens hold most attention; "
+            f"raise sparse_ratio to {ratio:.2g}"
         )
 
     def _summary(self) -> list[str]:
         return [
-            f"attention of {self._owner} beside its dense attention: error of the output, and where its mass lies",
+            f"focus sets against dense attention of {self._owner}: error of the output, and dense mass on the own bin",
             f"focus sets of {self.config}",
             *([f"left out, as they would stay dense: {self._left_out}"] if self._left_out else []),
             self.advice,
         ]
 
     def _table(self) -> list[tuple[str, ...]]:
-        window = self.config.time_window or NATIVE_FRAMES
         names = list(compared_settings(self.config))
-        masses = ("same frequency", "focus set", f"window of {window}")
-        table = [
-            (
-                *("freq bins", "layers", "frames"),
-                *(f"error, {name}" for name in names),
-                *(cell for name in masses for cell in (f"mass, {name}", "uniform")),
-            )
-        ]
-        levels: dict[int | None, list[LayerProbe]] = {}
-        for row in self.layers:
-            levels.setdefault(row.freq_bins, []).append(row)
-        for freq_bins, rows in levels.items():
+        errors = (f"error, {name}" for name in names)
+        table = [("freq bins", "layers", "frames", *errors, "mass on the same frequency", "uniform")]
+        for freq_bins, rows in by_freq_bins(self.layers).items():
             seen = [row for row in rows if row.calls]
             cells = [
                 "?" if freq_bins is None else str(freq_bins),
@@ -271,16 +245,16 @@ class Probe(Table):
             for name in names:
                 error = f"{sum(row.errors[name] for row in seen) / len(seen):.1%}" if seen else "-"
                 cells.append("dense" if seen and all(row.keys_kept[name] == 1 for row in seen) else error)
-            for mass in ("same_frequency", "focus", "window"):
-                shares = [getattr(row, mass) for row in seen]
-                for kind in ("mass", "uniform"):
-                    cells.append(f"{sum(getattr(x, kind) for x in shares) / len(shares):.1%}" if seen else "-")
-            table.append(tuple(cells))
+            mass = uniform = "-"
+            if seen and freq_bins:
+                mass = f"{sum(row.same_frequency or 0.0 for row in seen) / len(seen):.1%}"
+                uniform = f"{1 / freq_bins:.1%}"
+            table.append((*cells, mass, uniform))
         return table
 
 
 class _Measured:
-    """What one layer's attention has looked at so far."""
+    """Measurements of one layer, summed over its calls so far."""
 
     def __init__(self, layer: Layer, config: LiteFocusConfig, context: Context, freq_bins: int | None) -> None:
         self.attn, self.context = weakref.ref(layer.attn), context
@@ -291,25 +265,18 @@ class _Measured:
         self.grid = next(iter(self.grids.values()))  # of the given settings
         self.squared_error = dict.fromkeys(self.grids, 0.0)  # against dense attention's output, summed over calls
         self.squared_norm = 0.0  # of dense attention's output
-        self.window = halved(config.time_window or NATIVE_FRAMES, layer.level)
         self.calls = 0
         self.freq_bins = None if freq_bins is None else halved(freq_bins, layer.level)
         self.frames: int | None = None
-        self.mass = torch.zeros(3, dtype=torch.float64)  # same frequency, focus set, window; summed over calls
-        self.uniform = torch.zeros(3, dtype=torch.float64)
+        self.mass = 0.0  # of dense attention on the query's own frequency bin, summed over calls
 
     def row(self) -> LayerProbe:
-        same_frequency = focus = window = None
-        if self.calls:
-            means = ((self.mass / self.calls).tolist(), (self.uniform / self.calls).tolist())
-            same_frequency, focus, window = (Share(*pair) for pair in zip(*means, strict=True))
+        same_frequency = self.mass / self.calls if self.calls else None
         errors = {name: (error / max(self.squared_norm, 1e-30)) ** 0.5 for name, error in self.squared_error.items()}
         kept = dict.fromkeys(self.grids, 1.0)
         if self.frames and self.freq_bins:
             kept = {name: grid.keys_kept(self.frames, self.freq_bins) for name, grid in self.grids.items()}
-        return LayerProbe(
-            self.grid.name, self.freq_bins, self.frames, self.calls, same_frequency, focus, window, errors, kept
-        )
+        return LayerProbe(self.grid.name, self.freq_bins, self.frames, self.calls, same_frequency, errors, kept)
 
     @torch.no_grad()
     def measure(self, attn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -330,21 +297,21 @@ class _Measured:
         if size is None:  # merged tokens: they lie on no grid
             return
         chosen = self._choose(tokens).to(query.device)
-        sets = self._masks(chosen, *size)  # (3, queries, tokens)
-        mass = torch.zeros(3, dtype=torch.float64)
+        frames, freq_bins = size
+        token = torch.arange(tokens, device=chosen.device)
+        bins = token % freq_bins if self.grid.freq_axis == "width" else token // frames
+        same_frequency = bins[chosen, None] == bins  # (queries, tokens)
         biases = {name: self._bias(grid, chosen, size) for name, grid in self.grids.items()}
         for one_query, one_key, one_value in zip(query, key, value, strict=True):  # one batch element at a time
             scores = one_query[:, chosen].float() @ one_key.float().transpose(1, 2) * query.shape[-1] ** -0.5
             weights = scores.softmax(dim=-1)  # (heads, queries, tokens)
-            mass += (weights.mean(dim=0) * sets).sum(dim=-1).mean(dim=-1).double().cpu()
+            self.mass += float((weights * same_frequency).sum(dim=-1).double().mean()) / len(query)
             dense = weights @ one_value.float()
             self.squared_norm += float(dense.double().square().sum())
             for name, bias in biases.items():
                 if bias is not None:
                     focused = (scores + bias).softmax(dim=-1) @ one_value.float()
                     self.squared_error[name] += float((focused - dense).double().square().sum())
-        self.mass += mass / len(query)
-        self.uniform += sets.double().mean(dim=(1, 2)).cpu()
         self.frames, self.freq_bins = size
         self.calls += 1
 
@@ -363,17 +330,3 @@ class _Measured:
         seed = zlib.crc32(f"probe/{self.grid.name}/{self.calls}".encode())
         generator = torch.Generator("cpu").manual_seed(seed)
         return torch.randperm(tokens, generator=generator, device="cpu")[:QUERIES]
-
-    def _masks(self, chosen: Tensor, frames: int, freq_bins: int) -> Tensor:
-        """(3, queries, tokens) booleans: the own frequency bin, the focus set and the time window of every query."""
-        token = torch.arange(frames * freq_bins, device=chosen.device)
-        if self.grid.freq_axis == "width":
-            bins, times = token % freq_bins, token // freq_bins
-        else:
-            bins, times = token // frames, token % frames
-        same_frequency = bins[chosen, None] == bins
-        window = (times[chosen, None] - times).abs() <= self.window / 2
-        focus = self.grid.focus_set(frames, freq_bins, chosen.device)
-        group = focus.inverse[chosen] // focus.queries.shape[1]
-        in_focus = torch.zeros_like(same_frequency).scatter(1, focus.keys[group], True)
-        return torch.stack([same_frequency, in_focus, window])

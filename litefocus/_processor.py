@@ -20,12 +20,12 @@ from litefocus.focus import FocusSet, FreqAxis
 class LiteFocusAttnProcessor:
     """Runs a layer's self-attention over focus sets, and leaves every other call to the processor it replaced.
 
-    Left to it are all calls that are not plain self-attention (cross-attention, a mask), and self-attention on grids
-    that have fewer frequency bins than `config.min_freq_bins`, that are so small that a focus set would not be cheaper
-    (fewer than 48 keys saved), or whose tokens are not the grid of the UNet's latent (merged tokens).
+    The replaced processor gets cross-attention, calls with a mask, and self-attention on grids with fewer frequency
+    bins than `config.min_freq_bins`, on grids so small that a focus set would save fewer than 48 keys, and of tokens
+    that are not the grid of the UNet's latent (merged tokens).
 
-    `litefocus.patch` installs one on every layer, and keeps the grid and the original processor on the layer itself;
-    the arguments below are then ignored. One that outlives its patch, in somebody's wrapper, calls the original.
+    `litefocus.patch` installs a processor on every plain layer, and keeps the grid on the layer itself; all arguments
+    below but `original` are then ignored. A processor that another one still wraps after `unpatch` calls the original.
 
     Args:
         original: the processor that was on the layer; `AttnProcessor2_0` of diffusers by default.

@@ -20,11 +20,11 @@ _handles: weakref.WeakSet[Handle] = weakref.WeakSet()
 class Setting:
     """Arguments of one call of `patch` or of another such function, and what they do to a module.
 
-    entered: a `with` block began with it. over: removed, for good.
+    entered: a `with` block began with it. removed: for good.
     """
 
     kind: ClassVar[str]
-    entered = over = False
+    entered = removed = False
 
     def install(self, module: Any) -> None:
         """Prepare the module for this setting, completely or, after an error, not at all."""
@@ -52,8 +52,8 @@ def put(module: Any, setting: Setting) -> None:
     with _lock:
         setting.install(module)
         settings = vars(module).setdefault(f"_litefocus_{setting.kind}", [])
-        # of those since the last block began that nobody can remove any more, the last alone can come back: the others
-        # would only take memory
+        # A setting whose handle is gone cannot be removed alone. Of such settings since the last block began, only the
+        # newest can be in force again; the others are dropped to free memory.
         held = {handle._setting for handle in _handles}
         begin = 1 + max((i for i, old in enumerate(settings) if old.entered), default=-1)
         forgotten = [old for old in settings[begin:] if old not in held]
@@ -66,7 +66,7 @@ def clear(module: Any, kind: str) -> None:
     with _lock:
         for handle in list(_handles):
             if handle._setting.kind == kind and any(reference() is module for reference in handle._modules):
-                handle._setting.over = True
+                handle._setting.removed = True
         _keep(module, kind, [])
 
 
@@ -98,12 +98,12 @@ class Handle:
         return [module for module in (reference() for reference in self._modules) if module is not None]
 
     def remove(self) -> None:
-        """Take this one off, wherever it stands, and with a block's all that were made inside of it.
+        """Remove this setting, also if it is not the newest; for a `with` block, also the settings made inside of it.
 
-        The newest that is left is then in force: the one before, or that of a newer block.
+        The newest setting that is left, which may be that of a newer block, is then in force.
         """
         with _lock:
-            self._setting.over = True
+            self._setting.removed = True
             for module in self._alive():
                 settings = settings_on(module, self._setting.kind)
                 if self._setting in settings:
@@ -117,7 +117,7 @@ class Handle:
         """Begin a block, once. Raises RuntimeError if this one was removed, or entered before."""
         with _lock:
             modules = self._alive()
-            if self._setting.over or self._setting.entered or not modules:
+            if self._setting.removed or self._setting.entered or not modules:
                 raise RuntimeError(
                     f"this {self._name} was taken off, or was entered before; make another: "
                     f"with litefocus.{self._name}(...)"

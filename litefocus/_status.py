@@ -13,7 +13,7 @@ from litefocus._grid import Grid, halved
 from litefocus._layers import Layer, blocks, named_modules, obstacle, overwritten, patched, self_attention_layers
 from litefocus._prompts import schedule_of
 from litefocus._registry import current
-from litefocus._table import Table
+from litefocus._table import Table, by_freq_bins
 from litefocus._target import Target, resolve
 from litefocus.config import LiteFocusConfig
 
@@ -25,7 +25,7 @@ LONG_CLIP = 10**6  # frames that stand for any long clip where no length was giv
 class StepFlops:
     """Estimated floating-point operations of one UNet step for one batch element.
 
-    attention: those of every self-attention layer's scores and values, patched, in the UNet's order.
+    attention: operations of scores and weighted values of each self-attention layer as patched, in the UNet's order.
     """
 
     dense: float
@@ -34,7 +34,7 @@ class StepFlops:
 
     @property
     def ratio(self) -> float:
-        """How many times less arithmetic the patched step needs; the most that it can be faster."""
+        """FLOPs of the dense step over those of the patched one: an estimate of the speed-up, not a bound."""
         return self.dense / self.patched
 
 
@@ -44,8 +44,9 @@ class LayerStatus:
 
     name: its path in the UNet.
     freq_bins: frequency bins of its grid; None if neither a pipeline, nor a patch, nor a call has shown it.
-    state: "focus", or "dense", with the reason if it is not the grid; "overwritten by <class>"; "not reached by the
-        last call"; "not known before a call" where something wraps the layer. A reason may follow after a semicolon.
+    state: "focus"; "dense" if the UNet is not patched or the grid is too small to focus on; "dense: <reason>";
+        "overwritten by <class>"; "not reached by the last call"; "not known before a call" if something wraps the
+        layer. Why the layer cannot be patched may follow after a semicolon.
     frames, keys_kept: frames of its grid and the share of keys that a query attends to, in (0, 1], at the length that
         `status` was asked for; None without one.
     """
@@ -64,9 +65,9 @@ class Status(Table):
     unet: class name. config: settings of the patch that counts, None where there is none.
     layers: one row for every self-attention layer, in the UNet's order; what is printed has one for every level.
     seconds, frames: the length asked for, and its frames at the UNet's input.
-    flops: the step's estimated arithmetic at that length; where nothing is patched, with `patched` as `patch(pipe)`
-        would make it.
-    tiles, decoding_bytes: of `tile_decoding`, None without; estimated memory of decoding one clip of that length.
+    flops: estimated arithmetic of a step at that length. Before `patch`, `flops.patched` is that of `patch(pipe)` with
+        its defaults.
+    tiles: settings of `tile_decoding`, None without. decoding_bytes: estimated memory of decoding one clip.
     prompts: which is scheduled when, None without.
 
     >>> row = LayerStatus("mid_block.attentions.0", freq_bins=2, state="dense", frames=None, keys_kept=None)
@@ -101,9 +102,7 @@ class Status(Table):
             )
         if self.config.time_window is not None and self.frames > self.config.time_window:
             if not self.config.far_sampled:
-                return (
-                    "advice: with far_sampled=0 a query attends to nothing outside of its time window; leave it at 16"
-                )
+                return "advice: with far_sampled=0 a query attends to nothing outside of its time window; leave it at 8"
             if not self.config.reweight:
                 return "advice: without reweight, sampled keys weigh too little; leave it on"
         if self.tiles is None and (self.decoding_bytes or 0) > MUCH_MEMORY:
@@ -122,7 +121,7 @@ class Status(Table):
             become = "become" if self.config else "would become, by litefocus.patch(pipe),"
             lines.append(
                 f"at {self.seconds:g} s: {self.flops.dense / 1e9:,.1f} GFLOPs a step {become} "
-                f"{self.flops.patched / 1e9:,.1f} (estimated), at most {self.flops.ratio:.2f}x faster"
+                f"{self.flops.patched / 1e9:,.1f} (estimated), {self.flops.ratio:.2f}x less arithmetic"
             )
         if self.tiles is not None or self.decoding_bytes is not None:
             tiled = "whole" if self.tiles is None else f"in tiles of {self.tiles.seconds:g} s"
@@ -139,13 +138,10 @@ class Status(Table):
         timed = self.seconds is not None
         header = ("freq bins", *(("frames",) if timed else ()), "layers", "state")
         table = [header + (("keys kept", "share of the step") if timed else ())]
-        levels: dict[int | None, list[LayerStatus]] = {}
-        for layer in self.layers:
-            levels.setdefault(layer.freq_bins, []).append(layer)
         shares = {}
         if self.flops is not None:
             shares = dict(zip((x.name for x in self.layers), self.flops.attention, strict=True))
-        for freq_bins, layers in levels.items():
+        for freq_bins, layers in by_freq_bins(self.layers).items():
             states = [layer.state for layer in layers]
             usual = max(dict.fromkeys(states), key=states.count)
             others = [f"{layer.name} {layer.state}" for layer in layers if layer.state != usual]
@@ -167,8 +163,8 @@ def status(pipe: Any, seconds: float | None = None) -> Status:
     Args:
         pipe: what `patch` accepts, patched or not.
         seconds: length of a clip. With it, the table adds the share of keys that each layer keeps at that length, and
-            how much less arithmetic one step of the UNet needs; before `patch`, as it would be with its defaults. It
-            takes a pipeline: a bare UNet does not say how many frames a second has.
+            how much less arithmetic one step of the UNet needs; before `patch`, what its defaults would save. Needs a
+            pipeline: a bare UNet does not say how many frames a second has.
 
     Returns:
         The table.
@@ -183,7 +179,7 @@ def status(pipe: Any, seconds: float | None = None) -> Status:
     >>> handle = litefocus.patch(pipe)
     >>> status = litefocus.status(pipe, seconds=80)
     >>> status.layers[0].state, status.layers[0].frames, round(status.layers[0].keys_kept, 3)
-    ('focus', 1000, 0.097)
+    ('focus', 1000, 0.053)
     """
     found, tiles = status_of(resolve(pipe), seconds), tiles_of(pipe)
     sizes = None if tiles is None else (tiles.seconds, tiles.overlap)

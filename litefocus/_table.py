@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Iterable
+from typing import Any
 
 
 class Table:
@@ -27,3 +29,11 @@ class Table:
         header, *rows = self._table()
         top = "<br>".join(html.escape(line) for line in self._summary())
         return f"<p>{top}</p><table>{row(header, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>"
+
+
+def by_freq_bins(layers: Iterable[Any]) -> dict[int | None, list[Any]]:
+    """Rows of layers by their frequency bins, in the order of the first of each."""
+    levels: dict[int | None, list[Any]] = {}
+    for layer in layers:
+        levels.setdefault(layer.freq_bins, []).append(layer)
+    return levels

@@ -57,9 +57,9 @@ class Duration(Setting):
 def set_duration(tango: Any, seconds: float | None) -> None:
     """Make `tango.generate(prompt)` produce clips of `seconds` seconds, on this object only.
 
-    Independent of `patch`, which makes the long ones faster. Mustango's own code drops every beat that it predicts at
-    10 seconds or later, and predicts chords for the beats that are left: longer clips, like its own of 10.24 s, go
-    without beats from there on.
+    Independent of `patch`, which makes the long ones faster. Mustango's own code drops the beats that it predicts from
+    10 seconds on, and predicts chords for the rest: every clip, also one of its own length of 10.24 s, has no
+    beats after 10 seconds.
 
     Args:
         tango: a Tango, Tango 2 or Mustango object. Its own code has no argument for the length.

@@ -29,7 +29,7 @@ WAVEFORM_METHODS = ("mel_spectrogram_to_waveform", "decode_to_waveform")
 class LatentGeometry:
     """The grid of a model's latent, and what its VAE and vocoder make of it.
 
-    freq_bins: frequency bins of the latent. mel_frame: seconds of a mel frame, None if the model does not say more.
+    freq_bins: frequency bins of the latent. mel_frame: seconds of a mel frame; None if only `freq_bins` is known.
     vae_scale_factor: mel frames in a latent frame, and mel bins in a frequency bin. hop: samples of a mel frame. reach:
     mel frames on either side that a sample depends on.
     """
@@ -159,7 +159,7 @@ def owners_of_settings(pipe: Any) -> list[Any]:
         unet = resolve(pipe).unet
     except UnsupportedError:
         unet = None
-    owners = [unet, vae_and_vocoder(pipe)[0], *(owner for owner, _ in waveform_makers(pipe)), tango_model(pipe)]
+    owners = [unet, *vaes(pipe), *(owner for owner, _ in waveform_makers(pipe)), tango_model(pipe)]
     return list({id(owner): owner for owner in owners if owner is not None}.values())
 
 
@@ -175,6 +175,12 @@ def vae_and_vocoder(pipe: Any) -> tuple[Any, Any]:
     vae = unwrapped(vae)
     vocoder = getattr(vae, "vocoder", None) if getattr(pipe, "vocoder", None) is None else pipe.vocoder
     return vae, unwrapped(vocoder)
+
+
+def vaes(pipe: Any) -> list[Any]:
+    """The VAE that decodes, None where there is none, and those that encode what AudioSR is conditioned on."""
+    found = (unwrapped(getattr(stage, "vae", None)) for stage in getattr(pipe, "cond_stage_models", ()))
+    return [vae_and_vocoder(pipe)[0], *(vae for vae in found if vae is not None)]
 
 
 def waveform_makers(pipe: Any) -> list[tuple[Any, str]]:

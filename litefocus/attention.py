@@ -42,7 +42,7 @@ def focus_attention(query: Tensor, key: Tensor, value: Tensor, focus: FocusSet) 
     """
     if query.ndim != 4 or key.shape != query.shape or value.shape[:-1] != query.shape[:-1]:
         raise ValueError(
-            "query and key must be (batch, heads, tokens, head_dim) of equal shape, and value but for head_dim; got "
+            "query and key must have one shape (batch, heads, tokens, head_dim), and value too but for head_dim; got "
             f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
         )
     batch, heads, tokens, _ = query.shape

@@ -62,7 +62,7 @@ def _refuse_unknown_fields(cls: type[T]) -> type[T]:
 class LiteFocusConfig:
     """Settings of LiteFocus attention (arXiv 2407.10468). Immutable; derive others with `dataclasses.replace`.
 
-    The defaults fit every length: up to half a minute the paper's focus sets with weighted samples, beyond that a time
+    The defaults fit every length: up to 15 seconds the paper's focus sets with weighted samples, beyond that a time
     window with a weighted sample of the rest of the clip. `LiteFocusConfig.paper()` is the method as published.
 
     Args:
@@ -74,11 +74,11 @@ class LiteFocusConfig:
             a sample depends on its size, not on its share of the clip.
         reweight: weigh sampled keys by the inverse of their sampling probability. False, as published, overweights the
             own bin.
-        time_window: None, or the number of latent frames, half on either side, within which a query attends to its
-            whole own bin and to the sample of the others; counted at the UNet's input (25 a second in AudioLDM-style
-            models), halved level by level, clamped at the ends of the clip. Queries share windows in blocks, so a
-            window is wider: 768 frames for 512, and clips up to that length (31 s) have none. Cost then grows linearly
-            with the clip.
+        time_window: length in latent frames, half before and half after a query, of the window in which it attends to
+            all of its own bin and to the sample of the others; None for the whole clip. Counted at the UNet's input (25
+            frames a second in AudioLDM-style models), halved at every level, clamped at the ends of the clip. A block
+            of queries shares one window, which is wider: 384 frames for 256. Clips up to that length (15 s) have no
+            window. With a window, cost grows linearly with the clip.
         far_sampled: frames of every bin (of the own alone, if others are not sampled) that are sampled outside of the
             time window. At 0 a query attends to nothing there.
         min_freq_bins: layers whose grid has fewer frequency bins than this keep dense attention.
@@ -100,10 +100,10 @@ class LiteFocusConfig:
     same_frequency: bool = True
     cross_frequency: bool = True
     sparse_ratio: float = 0.1
-    min_sampled: int = 32
+    min_sampled: int = 24
     reweight: bool = True
-    time_window: int | None = 512
-    far_sampled: int = 16
+    time_window: int | None = 256
+    far_sampled: int = 8
     min_freq_bins: int = 2
     seed: int = 0
 
@@ -136,7 +136,9 @@ class LiteFocusConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> LiteFocusConfig:
-        """The method as published: no weights, no floor, no window, levels of 8 bins and more; `changes` on top.
+        """The method as published: no key weights, minimum sample or time window, only layers of at least 8 bins.
+
+        `changes`: fields of `LiteFocusConfig` that replace these values.
 
         Source: arXiv 2407.10468, section 3, and the settings of its published code for AudioLDM 2.
 
@@ -155,7 +157,7 @@ class LiteFocusConfig:
 
 
 def checked_config(config: Any) -> LiteFocusConfig:
-    """`config`, if it is one. Raises TypeError."""
+    """Return `config`. Raises TypeError if it is no `LiteFocusConfig`."""
     if not isinstance(config, LiteFocusConfig):
         raise TypeError(
             f"config must be a LiteFocusConfig, got {type(config).__name__}; pass LiteFocusConfig(...), or its fields "

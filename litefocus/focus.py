@@ -2,11 +2,11 @@
 
 The latent of an AudioLDM-style model is a grid of `num_frames` time frames x `freq_bins` frequency bins, flattened to
 tokens. Query i attends to its focus set F_i = S_i ∪ C: every token S_i of its own frequency bin, and a random sample
-C of the tokens of all other bins (LiteFocus, arXiv 2407.10468). A sampled key stands for all those that were not drawn
-with it, so it weighs the inverse of the probability of being drawn (Horvitz and Thompson 1952). This file builds the
-sets as indices; what is done with them is in `attention.py`.
+C of the tokens of all other bins (LiteFocus, arXiv 2407.10468). A sampled key is weighted by the inverse of its
+sampling probability, so that sums over the sample estimate sums over all keys (Horvitz and Thompson 1952). This file
+builds the sets as indices; `attention.py` attends over them.
 
-The bookkeeping is NumPy's, so that no tracer of torch ever sees it: in every graph, index and weights are constants.
+The indices are computed in NumPy, which torch's tracers do not record: indices and weights are constants of a graph.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from torch import Tensor
 from litefocus.config import LiteFocusConfig, checked_config, positive_integer, suggestion
 
 FreqAxis = Literal["width", "height"]
-Index = NDArray[np.int64]
+Index = NDArray[np.int32]
 
 MIN_BLOCK = 64  # queries that share a time window: with fewer, fused attention runs at a third of its speed
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FocusSet:
-    """The focus sets of all tokens, as int64 indices into the tokens. Queries with equal keys form a group.
+    """The focus sets of all tokens, as int32 indices into the tokens. Queries with equal keys form a group.
 
-    queries: (groups, queries_per_group). Together the groups hold every token, some twice where time windows overlap.
+    queries: (groups, queries_per_group). Together the groups hold every token, some twice if the last blocks overlap.
     keys: (groups, keys_per_query). The tokens that every query of the group attends to, each once.
     inverse: (tokens,). Where in `queries.flatten()` the output of token i is read: undoes the grouping.
     log_weights: (keys_per_query,) in float32, what is added to the logits of every group's keys; None where all are 0.
@@ -79,14 +79,14 @@ class FocusSet:
 
 
 class _Sizes(NamedTuple):
-    block: int  # frames of a group's queries
-    window: int  # n: frames around them that they see
-    sampled: int  # c: of the window's frames, how many of every other bin
-    far: int  # m: of the frames outside of the window, how many of every bin
+    block: int  # frames of the queries that share a window
+    window: int  # n: frames of the window around a block
+    sampled: int  # c: frames sampled inside of the window, of every other bin
+    far: int  # m: frames sampled outside of the window, of every bin
 
 
 def _sizes(num_frames: int, config: LiteFocusConfig) -> _Sizes:
-    """Blocks and windows of time: one of each over the whole clip, without a time window or where it fits in one."""
+    """Sizes of blocks, windows and samples. Without `time_window`, or if it spans the clip, there is one block."""
     block = window = num_frames
     if config.time_window is not None:
         half = -(-config.time_window // 2)
@@ -120,15 +120,16 @@ def focus_set(
     """The focus sets of a grid of `num_frames` x `freq_bins` tokens, on the CPU.
 
     The sample takes c = max(1, min_sampled, round(sparse_ratio * T)) frames of every other bin, at most all T =
-    num_frames, without replacement. So all sets have T + (F - 1) c keys. A key of the own bin weighs 1, a sampled one
-    T / c: numerator and denominator of the softmax are then unbiased estimates of dense attention's, whatever the
-    attention looks like.
+    num_frames: a random one of each of c stretches of the clip, of equal length but for one frame (stratified
+    sampling). So all sets have T + (F - 1) c keys. A key of the own bin weighs 1, a sampled one the length of its
+    stretch, about T / c: numerator and denominator of the softmax are then unbiased estimates of dense attention's,
+    whatever the attention looks like.
 
-    With a time window, frames are cut into blocks whose queries share a window of n frames: at least half of
-    `time_window` on either side of each of them, clamped at the ends of the clip. A set then has three strata: the n
-    frames of the own bin (weight 1), c of n of every other bin (n / c), and m = `far_sampled` of the T - n frames
-    outside of the window of every bin, the own included ((T - n) / m). The last block ends with the clip, and overlaps
-    the one before where the clip is no multiple of a block.
+    With a time window, frames are cut into blocks. The queries of a block share a window of n frames, which extends at
+    least `time_window` / 2 to either side of every query, clamped at the ends of the clip. A set then has three
+    parts: the n frames of the own bin (weight 1), c of n of every other bin (about n / c), and m = `far_sampled` of
+    the T - n frames outside of the window of every bin, the own included (about (T - n) / m). The last block ends with
+    the clip, and overlaps the one before where the clip is no multiple of a block.
 
     Without other bins (`cross_frequency=False` or `sparse_ratio=0`) the far sample is of the own bin alone; with
     `same_frequency=False` the own bin is sampled like all others.
@@ -146,8 +147,8 @@ def focus_set(
         The sets. They are a pure function of all arguments; no global random state is read or changed.
 
     Raises:
-        TypeError: for sizes that are no integers, for a `config` that is no `LiteFocusConfig`, and for its fields as
-            `options`, which `patch` takes and this function does not.
+        TypeError: for sizes that are no integers, for a `config` that is no `LiteFocusConfig`, and for any `options`:
+            unlike `patch`, this function takes settings in `config` alone.
         ValueError: for sizes below 1 and for an unknown `freq_axis`.
 
     Source: LiteFocus, arXiv 2407.10468, as an exact set union, where the published code counts a sampled key of the
@@ -168,37 +169,36 @@ def focus_set(
     config = checked_config(config)
     check_freq_axis(freq_axis)
     frame_step, bin_step = (freq_bins, 1) if freq_axis == "width" else (1, num_frames)
-    block, window, sampled, far = _sizes(num_frames, config)
+    sizes = _sizes(num_frames, config)
+    block, window, sampled, _ = sizes
 
     # token = frame * frame_step + bin * bin_step, by broadcasting over (bin, block, frame)
-    bins = np.arange(freq_bins)[:, None, None]
-    starts = np.arange(0, num_frames, block).clip(max=num_frames - block)  # first frame of every block
+    bins = np.arange(freq_bins, dtype=np.int32)[:, None, None]
+    starts = np.arange(0, num_frames, block, dtype=np.int32).clip(max=num_frames - block)  # first frame of every block
     windows = (starts - (window - block) // 2).clip(0, num_frames - window)  # and of its window
-    queries = (starts[:, None] + np.arange(block)) * frame_step + bins * bin_step  # (bins, blocks, block)
-    own = (windows[:, None] + np.arange(window)) * frame_step + bins * bin_step  # (bins, blocks, window)
+    queries = (starts[:, None] + np.arange(block, dtype=np.int32)) * frame_step + bins * bin_step
+    own = (windows[:, None] + np.arange(window, dtype=np.int32)) * frame_step + bins * bin_step
     key = f"{config.seed}/{layer}/{num_frames}/{sample}"
-    inside_frames, outside_frames = _sample_frames(num_frames, freq_bins, windows, window, sampled, far, key)
-    inside = inside_frames * frame_step + bins * bin_step  # (bins, blocks, sampled)
-    outside = outside_frames * frame_step + bins * bin_step  # (bins, blocks, far)
+    inside, outside, lengths = _sample_frames(num_frames, freq_bins, windows, sizes, key)
+    inside, outside = (frames * frame_step + bins * bin_step for frames in (inside, outside))  # (bins, blocks, frames)
+    near, distant = np.split(lengths, [sampled])
 
     # where frame t of bin f stands: its block, and its place in there
-    in_block = (np.arange(num_frames) // block).clip(max=len(starts) - 1)
-    place = np.arange(num_frames) - starts[in_block]
+    in_block = (np.arange(num_frames, dtype=np.int32) // block).clip(max=len(starts) - 1)
+    place = np.arange(num_frames, dtype=np.int32) - starts[in_block]
     if config.same_frequency:  # a group for every bin and block
-        others = np.array([[g for g in range(freq_bins) if g != f] for f in range(freq_bins)], dtype=np.int64)
-        strata = [(own, 1.0), (_of_bins(inside, others), window / max(sampled, 1))]
+        others = np.array([[g for g in range(freq_bins) if g != f] for f in range(freq_bins)], dtype=np.intp)
         everywhere = np.tile(np.arange(freq_bins), (freq_bins, 1))
-        strata.append((_of_bins(outside, everywhere) if sampled else outside, (num_frames - window) / max(far, 1)))
+        strata = [own, _of_bins(inside, others), _of_bins(outside, everywhere) if sampled else outside]
+        times = (freq_bins - 1, freq_bins if sampled else 1)
+        weights = np.concatenate([np.ones(window), np.tile(near, times[0]), np.tile(distant, times[1])])
         position = (bins[:, 0] * len(starts) + in_block) * block + place  # (bins, frames)
     else:  # a group for every block: all its bins share one set
-        queries, inside, outside = (
-            x.transpose(1, 0, 2).reshape(1, len(starts), -1) for x in (queries, inside, outside)
-        )
-        strata = [(inside, window / max(sampled, 1)), (outside, (num_frames - window) / max(far, 1))]
+        queries, *strata = (x.transpose(1, 0, 2).reshape(1, len(starts), -1) for x in (queries, inside, outside))
+        weights = np.concatenate([np.tile(near, freq_bins), np.tile(distant, freq_bins)])
         position = (in_block * freq_bins + bins[:, 0]) * block + place
-    keys = np.concatenate([stratum for stratum, _ in strata], axis=2)
+    keys = np.concatenate(strata, axis=2)
     inverse = (position.T if freq_axis == "width" else position).reshape(-1)
-    weights = np.concatenate([np.full(stratum.shape[2], weight) for stratum, weight in strata])
     weighted = config.reweight and np.ptp(weights) > 0  # equal weights cancel in the softmax
     return FocusSet(
         _tensor(queries.reshape(-1, queries.shape[2])),
@@ -219,7 +219,7 @@ def _tensor(array: NDArray[Any]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def _of_bins(sample: Index, others: Index) -> Index:
+def _of_bins(sample: Index, others: NDArray[np.intp]) -> Index:
     """For every bin, the samples of `others` (bins, n) one after the other: (bins, blocks, n * frames of a sample)."""
     bins, blocks, frames = sample.shape
     picked: Index = sample[others]  # (bins, n, blocks, frames)
@@ -228,19 +228,26 @@ def _of_bins(sample: Index, others: Index) -> Index:
 
 
 def _sample_frames(
-    num_frames: int, freq_bins: int, windows: Index, window: int, sampled: int, far: int, key: str
-) -> tuple[Index, Index]:
-    """Frames drawn without replacement for every bin, ascending, inside and outside of every window.
+    num_frames: int, freq_bins: int, windows: Index, sizes: _Sizes, key: str
+) -> tuple[Index, Index, Index]:
+    """A random frame of every stratum, for every bin and block: ascending, inside and outside of the block's window.
 
-    (freq_bins, blocks, sampled) and (freq_bins, blocks, far): the first of a random order of the bin's frames that
-    lie inside, or outside. The raw stream of a NumPy bit generator is the same in every release and on every machine.
+    (freq_bins, blocks, sampled), (freq_bins, blocks, far), and (sampled + far,): the lengths of the strata, which are
+    the inverse sampling probabilities. The raw stream of a NumPy bit generator is the same in every release and on
+    every machine.
     """
+    _, window, sampled, far = sizes
+    bounds = [
+        np.arange(count + 1, dtype=np.int64) * frames // max(count, 1)
+        for frames, count in ((window, sampled), (num_frames - window, far))
+    ]
+    first = np.concatenate([bound[:-1] for bound in bounds]).astype(np.int32)
+    lengths = np.concatenate([np.diff(bound) for bound in bounds]).astype(np.int32)
     # crc32, since hash() of a string differs between processes
-    raw = np.random.PCG64(zlib.crc32(key.encode())).random_raw(freq_bins * num_frames)
-    order = raw.reshape(freq_bins, num_frames).argsort(axis=1)
-    inside, outside = [], []
-    for start in windows:
-        in_window = (order >= start) & (order < start + window)
-        inside.append(order[in_window].reshape(freq_bins, window)[:, :sampled])
-        outside.append(order[~in_window].reshape(freq_bins, num_frames - window)[:, :far])
-    return np.sort(np.stack(inside, axis=1), axis=2), np.sort(np.stack(outside, axis=1), axis=2)
+    raw = np.random.PCG64(zlib.crc32(key.encode())).random_raw((freq_bins, len(windows), sampled + far))
+    fraction = raw >> np.uint64(32)  # of 2^32
+    inside, outside = np.split(
+        first + (fraction * lengths.astype(np.uint64) >> np.uint64(32)).astype(np.int32), [sampled], axis=2
+    )
+    beyond = outside >= windows[:, None]
+    return inside + windows[:, None], outside + np.int32(window) * beyond, lengths

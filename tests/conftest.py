@@ -3,11 +3,13 @@
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from support.settings import hand_in
 
 # One thread: on models this small a second one costs more than it brings, and very much more on a busy machine.
 torch.set_num_threads(1)
@@ -25,6 +27,47 @@ OTHER_DEVICE = os.environ.get("LITEFOCUS_TEST_DEVICE", "cuda" if torch.cuda.is_a
 def device(request: pytest.FixtureRequest) -> torch.device:
     """A CPU, and then the GPU where there is one. Random numbers are drawn and references computed on the CPU."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def small_grids_focus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grids that an oracle can afford save fewer keys than make a focus call cheaper."""
+    hand_in(monkeypatch, min_keys_saved=1)
+
+
+@pytest.fixture
+def one_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for all timesteps, as in compiled code; the oracle knows no timesteps either."""
+    hand_in(monkeypatch, num_samples=1)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What a program says to arguments that it refuses: one line, and exit code 2."""
+
+    def run(main: Callable[[list[str]], Any], *arguments: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main(list(arguments))
+        assert stop.value.code == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        return line
+
+    return run
 
 
 SLOW = pytest.StashKey[int]()

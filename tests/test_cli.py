@@ -164,7 +164,7 @@ PROGRAMS = [str(path) for path, text in SOURCES.items() if 'if __name__ == "__ma
 
 
 def test_every_program_is_found() -> None:
-    assert len(PROGRAMS) == 10
+    assert len(PROGRAMS) == 12
     assert all(name in PROGRAMS for name in ("generate.py", "app.py", "evidence/readme.py", "embedded/train/train.py"))
 
 

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import copy
-import threading
+import functools
+import itertools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import accelerate
 import numpy as np
 import pytest
 import torch
+from DeepCache import DeepCacheSDHelper
 from diffusers.models.attention_processor import SlicedAttnProcessor
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from support.oracle import install_oracle
-from support.pipelines import JOINT, build, generate
+from support.pipelines import build, generate, unet_step
 from support.settings import hand_in
-from torch import Tensor, nn
+from torch import Tensor
 
 import litefocus
 from litefocus import LiteFocusConfig
 
 CONFIG = LiteFocusConfig(sparse_ratio=0.2, min_sampled=0)  # clips this short would be dense with the floor
-
-
-@pytest.fixture(autouse=True)
-def as_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oracle knows no timesteps, so one sample serves all; and it masks grids of any size."""
-    hand_in(monkeypatch, num_samples=1)
-    hand_in(monkeypatch, min_keys_saved=1)
+pytestmark = pytest.mark.usefixtures("small_grids_focus", "one_sample")
 
 
 @pytest.fixture(params=["AudioLDM", "AudioLDM 2"])
@@ -90,11 +86,6 @@ def model_offload(pipe: Any) -> None:
     pipe.enable_model_cpu_offload(device="cpu")
 
 
-def sequential_offload(pipe: Any) -> None:
-    """What enable_sequential_cpu_offload does to the UNet; its other parts fail on the CPU, without litefocus too."""
-    accelerate.cpu_offload(pipe.unet, torch.device("cpu"))
-
-
 def test_attention_slicing_before(pipe: Any) -> None:
     """What litefocus leaves dense stays sliced."""
     expected = generate(oracle_of(pipe))
@@ -123,9 +114,7 @@ def free_u(pipe: Any) -> None:
     pipe.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
 
 
-@pytest.mark.parametrize(
-    "change", [set_backend, cast_layerwise, channels_last, free_u, model_offload, sequential_offload]
-)
+@pytest.mark.parametrize("change", [set_backend, cast_layerwise, channels_last, free_u, model_offload])
 @pytest.mark.parametrize("first", ["change", "patch"])
 def test_changes_of_the_unet(pipe: Any, change: Callable[[Any], None], first: str) -> None:
     expected = generate(oracle_of(pipe, change))
@@ -142,35 +131,18 @@ def test_changes_of_the_unet(pipe: Any, change: Callable[[Any], None], first: st
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_errs_no_more_than_dense_attention_does(pipe: Any, dtype: torch.dtype) -> None:
     oracle = oracle_of(pipe)
-    exact = step(oracle.unet)
-    error = (step(oracle.unet.to(dtype)) - exact).abs().mean()
+    exact = unet_step(oracle.unet)
+    error = (unet_step(oracle.unet.to(dtype)).float() - exact).abs().mean()
     litefocus.patch(pipe, CONFIG)
-    assert (step(pipe.unet.to(dtype)) - exact).abs().mean() < 1.2 * error
+    assert (unet_step(pipe.unet.to(dtype)).float() - exact).abs().mean() < 1.2 * error
     assert error > 0
-
-
-def conditions(unet: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
-    draw = torch.Generator().manual_seed(1)
-    if "AudioLDM2" in type(unet).__name__:
-        return {
-            "encoder_hidden_states": torch.randn(2, 4, 18, generator=draw).to(dtype),
-            "encoder_hidden_states_1": torch.randn(2, 6, JOINT, generator=draw).to(dtype),
-        }
-    return {"encoder_hidden_states": None, "class_labels": torch.randn(2, JOINT, generator=draw).to(dtype)}
-
-
-def step(unet: nn.Module, grad: bool = False) -> Tensor:
-    dtype = next(unet.parameters()).dtype
-    sample = torch.randn(2, 8, 50, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
-    with torch.set_grad_enabled(grad):
-        return unet(sample, torch.tensor(7), **conditions(unet, dtype)).sample.float()
 
 
 def test_gradients(pipe: Any) -> None:
     oracle = oracle_of(pipe)
     litefocus.patch(pipe, CONFIG)
     for unet in (pipe.unet, oracle.unet):
-        step(unet, grad=True).square().sum().backward()
+        unet_step(unet, grad=True).square().sum().backward()
     compared = 0
     for (name, got), expected in zip(pipe.unet.named_parameters(), oracle.unet.parameters(), strict=True):
         if expected.grad is not None:
@@ -210,24 +182,15 @@ def test_two_pipelines_in_two_threads(pipe: Any, monkeypatch: pytest.MonkeyPatch
     assert np.abs(alone[0] - alone[1]).max() > 1e-3
     for each in (pipe, other):  # anew: their threads build the focus sets
         litefocus.patch(each, litefocus.status(each).config)
-    together: list[Any] = [None, None]
-
-    def run(i: int, each: Any) -> None:
-        together[i] = generate(each, steps=4)
-
-    threads = [threading.Thread(target=run, args=item) for item in enumerate((pipe, other))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert np.array_equal(together[0], alone[0])
-    assert np.array_equal(together[1], alone[1])
+    with ThreadPoolExecutor(2) as workers:
+        together = list(workers.map(lambda each: generate(each, steps=4), (pipe, other)))
+    assert np.array_equal(together, alone)
 
 
-def test_toggled_halfway_through_20_steps(pipe: Any) -> None:
+def test_toggled_halfway_through_the_steps(pipe: Any) -> None:
     """The audio pipelines of diffusers have `callback`; `callback_on_step_end` never reached them."""
 
-    def run(each: Any, at_half: Callable[[], None], steps: int = 20) -> np.ndarray:
+    def run(each: Any, at_half: Callable[[], None], steps: int = 8) -> np.ndarray:
         def callback(i: int, t: Tensor, latents: Tensor) -> None:
             if i == steps // 2 - 1:
                 at_half()
@@ -256,8 +219,12 @@ def test_audioldm2_as_published_fails_and_its_mend_works() -> None:
     pipe.language_model = mended.transformer  # the GPT2Model that cvssp/audioldm2 names, with the same weights
     with pytest.raises(AttributeError):
         generate(pipe)
-    with pytest.warns(UserWarning, match="GPT2LMHeadModel"), pytest.raises(AttributeError), litefocus.patch(pipe):
+    with pytest.warns(UserWarning, match="language_model=GPT2LMHeadModel.from_pretrained") as caught:
+        litefocus.patch(pipe)
+    assert [warning.filename for warning in caught] == [__file__]
+    with pytest.raises(AttributeError):
         generate(pipe)
+    litefocus.unpatch(pipe)
     pipe.language_model = mended
     assert np.array_equal(generate(pipe), expected)
 
@@ -289,3 +256,48 @@ def test_sequential_offload_to_the_cpu_fails(pipe: Any) -> None:
     pipe.enable_sequential_cpu_offload(device="cpu")
     with pytest.raises(TypeError, match="new"):
         generate(pipe)
+
+
+# --- DeepCache, which skips blocks of the UNet at some steps ---------------------------------------------------------
+
+SWITCHES = ("enable", "patch", "disable", "unpatch")
+ORDERS = [
+    order
+    for order in itertools.permutations(SWITCHES)
+    if order.index("enable") < order.index("disable") and order.index("patch") < order.index("unpatch")
+]
+
+
+def deep_cache(pipe: Any) -> DeepCacheSDHelper:
+    helper = DeepCacheSDHelper(pipe)
+    helper.set_params(cache_interval=2)
+    return helper
+
+
+@functools.cache
+def clip_of(cached: bool, patched: bool, seconds: float) -> np.ndarray:
+    """From a new pipeline on which nothing else was done."""
+    pipe = build("AudioLDM 2")
+    if patched:
+        litefocus.patch(pipe, CONFIG)
+    if cached:
+        deep_cache(pipe).enable()
+    return generate(pipe, seconds, steps=2)
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=" ".join)
+def test_deepcache_composes_in_every_order_and_at_changing_lengths(order: tuple[str, ...]) -> None:
+    clips = [clip_of(cached, patched, 2.0) for cached in (False, True) for patched in (False, True)]
+    for one, other in itertools.combinations(clips, 2):
+        assert not np.allclose(one, other, rtol=0, atol=1e-6)
+    pipe = build("AudioLDM 2")
+    helper, cached, patched = deep_cache(pipe), False, False
+    for switch in order:
+        if "patch" in switch:
+            getattr(litefocus, switch)(pipe, *([CONFIG] if switch == "patch" else []))
+            patched = switch == "patch"
+        else:
+            getattr(helper, switch)()
+            cached = switch == "enable"
+        for seconds in (1.0, 2.0):
+            assert (generate(pipe, seconds, steps=2) == clip_of(cached, patched, seconds)).all(), (switch, seconds)

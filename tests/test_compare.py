@@ -7,6 +7,7 @@ import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,6 @@ import pytest
 import scipy.linalg
 import soundfile
 import torch
-from _cli import EMBEDDED, load_pipeline
 from judge import load_embedder
 from mel import LogMel
 from support.embedded import embedded
@@ -57,11 +57,10 @@ def noise(seconds: float, rate: int, seed: int) -> np.ndarray:
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working directory with an embedder, reference sounds, prompts, and sounds and prompts that cannot be used."""
-    with monkeypatch.context() as patched:
-        patched.setattr(sys, "path", [*sys.path])
-        patched.chdir(tmp_path)
-        fill(tmp_path)
-        yield tmp_path
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path)
+    yield tmp_path
     sys.modules.pop("own_ears", None)
 
 
@@ -76,7 +75,6 @@ def fill(folder: Path) -> None:
     soundfile.write(folder / "short" / "a.wav", noise(0.6, RATE, 3), RATE)
     (folder / "broken" / "a.wav").write_text("no sound")
     (folder / "prompts.txt").write_text(f"{TEXTS[0]}\n\n  {TEXTS[1]}\n")
-    (folder / "blank.txt").write_text("\n  \n")
     (folder / "taken").write_text("")
 
 
@@ -85,14 +83,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """All of it, small: what it wrote, printed and asked of the embedder."""
     folder = tmp_path_factory.mktemp("compare")
     fill(folder)
-    printed: list[str] = []
-    progress = io.StringIO()
-    with pytest.MonkeyPatch.context() as patched:
+    printed, progress = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patched, redirect_stdout(printed), redirect_stderr(progress):
         patched.setattr(sys, "path", [*sys.path])
         patched.chdir(folder)
-        patched.setattr("builtins.print", lambda *texts, **_: printed.extend(map(str, texts)))
-        patched.setattr(compare.tqdm, "write", printed.append)
-        patched.setattr(sys, "stderr", progress)
         arguments = ["--prompts", "prompts.txt", "--seconds", *map(str, LENGTHS), "--steps", str(STEPS), "--seed", "5"]
         heard = ["--reference", "sounds", "--embedder", "own_ears:embed", "--window", str(WINDOW)]
         compare.main([*arguments, *heard, "--native", "0.6", "--min-sampled", "4", "--output", "o.1"])
@@ -101,7 +95,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return SimpleNamespace(
         folder=folder,
         calls=calls,
-        printed="\n".join(printed),
+        printed=printed.getvalue(),
         record=record,
         rows=record["rows"],
         progress=progress.getvalue(),
@@ -142,12 +136,6 @@ def test_every_method_has_a_row_at_every_length(run) -> None:
     assert run.record["versions"]["torch"] == torch.__version__
     assert run.record["litefocus"]["min_sampled"] == 4
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", run.record["date"])
-
-    for row in run.rows:
-        line = (
-            f"| {row['distance']:.3f} | {row['distance'] / of(run.rows, row['seconds'], 'other noise')['distance']:.0%}"
-        )
-        assert re.search(rf"\| {row['method']} \|.*{re.escape(line)} ", run.printed)
     assert "1 s\n\n| method | time | speed-up |" in run.printed
 
 
@@ -360,16 +348,10 @@ REFERENCE = ["--reference", "sounds", "--seconds", "1", "--window", "0.5"]
         (REFERENCE, "hears windows of at least 1 s at 16000 Hz, got 8000 samples at 16000 Hz"),
         (["a bell", "--prompts", "prompts.txt"], "prompts come from the command line or from a file, not from both"),
         ([" "], "prompt must be text, and not empty, got ' '"),
-        (["--prompts", "missing.txt"], "No such file or directory: 'missing.txt'"),
-        (["--prompts", "blank.txt"], "blank.txt holds no prompt"),
         (["--seconds", "10", "0"], "seconds must be a number between 0.5 and 3600, got 0.0"),
-        (["--seconds", "-1"], "seconds must be a number between 0.5 and 3600, got -1.0"),
-        (["--steps", "0"], "steps must be an integer between 1 and 1000, got 0"),
         (["--native", "0"], "native must be at least 0.5 seconds, got 0.0"),
         (["--window", "nan"], "window must be at least 0.5 seconds, got nan"),
         (["--methods", "dense", "sparse"], "argument --methods: invalid choice: 'sparse'"),
-        (["--model", "missing"], "cannot use missing: no such folder"),
-        (["--output", "missing/o"], "cannot write into missing: No such file or directory"),
         (["--output", "taken"], "output taken is in the way: it is a file"),
         (OWN, "an embedder needs sounds to compare with: add --reference FOLDER"),
         ([*REFERENCE, "--embedder", "no_such_module:embed"], "cannot use embedder no_such_module:embed: No module"),
@@ -379,24 +361,15 @@ REFERENCE = ["--reference", "sounds", "--seconds", "1", "--window", "0.5"]
         ([*REFERENCE, "--embedder", "own_ears:one_number"], "must return finite numbers (batch, features)"),
         ([*REFERENCE, "--embedder", "own_ears:nothing_finite"], "must return finite numbers (batch, features)"),
         ([*REFERENCE, "--reference", "empty"], "reference empty is no folder that holds a .wav or .flac"),
-        ([*REFERENCE, "--reference", "missing"], "reference missing is no folder that holds a .wav or .flac"),
         ([*REFERENCE, "--reference", "low"], "a.wav has 8000 Hz, the pipeline 16000: its treble would be missing"),
         ([*REFERENCE, "--reference", "broken"], "cannot read broken/a.wav"),
         ([*REFERENCE, *OWN, "--reference", "short"], "short holds fewer than two windows of 0.5 s"),
         ([*REFERENCE, "--window", "1.5"], "a Fréchet distance needs two windows of 1.5 s or more at every length"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, own: Path, pipe, monkeypatch, capsys) -> None:
-    def loaded(model: str, *_: Any) -> Any:
-        return pipe if model == str(EMBEDDED) else load_pipeline(model, "cpu")
-
-    monkeypatch.setattr(compare._cli, "load_pipeline", loaded)
+def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, own: Path, pipe, monkeypatch, refused) -> None:
+    monkeypatch.setattr(compare._cli, "load_pipeline", lambda *_: pipe)
     monkeypatch.setattr(compare, "make", lambda *_: pytest.fail("work was begun"))
     before = sorted(own.rglob("*"))
-    with pytest.raises(SystemExit) as stop:
-        compare.main(arguments)
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert len(error.strip().splitlines()) == 1
+    assert message in refused(compare.main, *arguments)
     assert [path for path in sorted(own.rglob("*")) if "__pycache__" not in path.parts] == before

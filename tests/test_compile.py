@@ -2,20 +2,19 @@
 for others diffusers' own forward logs a line, which breaks the graph without litefocus too.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
-from support.pipelines import audioldm2_unet, audioldm_unet
-from support.settings import hand_in
-from torch import Tensor, nn
+from support.pipelines import audioldm2_unet, audioldm_unet, unet_step
+from torch import nn
 from torch.fx import GraphModule
 
 import litefocus
 from litefocus import LiteFocusAttnProcessor, LiteFocusConfig
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler", "one_sample")
 LENGTHS = (32, 48, 64)
 PAPER = LiteFocusConfig.paper()
 WEIGHTED = LiteFocusConfig(min_sampled=2)
@@ -28,15 +27,6 @@ ONE_LEVEL = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    hand_in(monkeypatch, num_samples=1)  # compiled UNets keep the first sample at every step
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.fixture(params=["AudioLDM", "AudioLDM 2"])
 def unet(request: pytest.FixtureRequest, device: torch.device) -> nn.Module:
     torch.manual_seed(0)
@@ -45,19 +35,6 @@ def unet(request: pytest.FixtureRequest, device: torch.device) -> nn.Module:
     return audioldm2_unet(
         **ONE_LEVEL | {"mid_block_type": "UNetMidBlock2DCrossAttn"}, cross_attention_dim=((None, 18, 32),)
     ).to(device)
-
-
-def step(unet: nn.Module, frames: int) -> Tensor:
-    generator = torch.Generator().manual_seed(frames)
-    inner = getattr(unet, "_orig_mod", unet)
-    draw = lambda *shape: torch.randn(shape, generator=generator).to(inner.device)  # noqa: E731
-    sample = draw(2, 8, frames, 16)
-    if "AudioLDM2" in type(inner).__name__:
-        conditions = {"encoder_hidden_states": draw(2, 4, 18), "encoder_hidden_states_1": draw(2, 6, 32)}
-    else:
-        conditions = {"encoder_hidden_states": None, "class_labels": draw(2, 32)}
-    with torch.no_grad():
-        return unet(sample, torch.tensor(7, device=inner.device), **conditions).sample
 
 
 class CountUNets:
@@ -90,30 +67,30 @@ class CountUNets:
 )
 def test_compiles_without_a_graph_break(unet, config, warm, dynamic) -> None:
     litefocus.patch(unet, config, freq_bins=16)
-    expected = {frames: step(unet, frames) for frames in LENGTHS}
+    expected = {frames: unet_step(unet, frames) for frames in LENGTHS}
     if not warm:
         litefocus.patch(unet, config, freq_bins=16)  # anew: no length has been seen
     backend = CountUNets()
     compiled = torch.compile(unet, fullgraph=True, backend=backend, dynamic=dynamic)
     for _ in range(2):
         for frames in LENGTHS:
-            torch.testing.assert_close(step(compiled, frames), expected[frames], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(unet_step(compiled, frames), expected[frames], rtol=1e-4, atol=1e-5)
     assert backend.unets == len(LENGTHS)  # one compilation a length, none when it comes again
     assert backend.hooks <= len(LENGTHS)
 
 
 @pytest.mark.parametrize("unet", ["AudioLDM"], indirect=True)
 def test_patches_and_unpatches_what_is_compiled_already(unet) -> None:
-    dense = step(unet, 32)
+    dense = unet_step(unet, 32)
     compiled = torch.compile(unet, fullgraph=True, backend="eager")
-    assert torch.equal(step(compiled, 32), dense)
+    assert torch.equal(unet_step(compiled, 32), dense)
     litefocus.patch(compiled, WEIGHTED, freq_bins=16)
-    patched = step(compiled, 32)
+    patched = unet_step(compiled, 32)
     assert (patched - dense).abs().max() > 1e-4
-    assert torch.equal(patched, step(unet, 32))
+    assert torch.equal(patched, unet_step(unet, 32))
     assert litefocus.status(compiled).layers == litefocus.status(unet).layers
     litefocus.unpatch(compiled)
-    assert torch.equal(step(compiled, 32), dense)
+    assert torch.equal(unet_step(compiled, 32), dense)
 
 
 @pytest.mark.slow  # one layer of it is compiled below
@@ -121,8 +98,8 @@ def test_inductor_with_time_windows(device: torch.device) -> None:
     torch.manual_seed(0)
     unet = audioldm_unet(**ONE_LEVEL).to(device)
     litefocus.patch(unet, PAPER, freq_bins=16, time_window=8, far_sampled=3, reweight=True)
-    expected = step(unet, 160)
-    torch.testing.assert_close(step(torch.compile(unet, fullgraph=True), 160), expected, rtol=1e-4, atol=1e-5)
+    expected = unet_step(unet, 160)
+    torch.testing.assert_close(unet_step(torch.compile(unet, fullgraph=True), 160), expected, rtol=1e-4, atol=1e-5)
     (cached,) = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1._litefocus.grid._built.values()
     assert cached.sets[0].keys.shape == (16 * 3, 72 + 15 * 7 + 16 * 3)
 

@@ -7,6 +7,7 @@ import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +29,8 @@ from support.small import (
     assert_same_gradients,
     attention,
     authors_unet,
+    compiled,
+    compiled_in_place,
     dense,
     first_sample,
     focus,
@@ -310,18 +313,14 @@ def test_threads_with_other_steps_and_lengths_on_one_unet_do_not_mix() -> None:
 
     for module in attention(unet).values():
         module.register_forward_pre_hook(wait)
-    together: dict[int, Tensor] = {}
 
-    def work(i: int) -> None:
-        with torch.no_grad():  # of a thread of its own
-            together[i] = call(unet, *calls[i])
+    @torch.no_grad()  # of a thread of its own
+    def work(arguments: Any) -> Tensor:
+        return call(unet, *arguments)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(together[i], expected) for i, expected in enumerate(alone))
+    with ThreadPoolExecutor(len(calls)) as workers:
+        together = list(workers.map(work, calls))
+    assert all(map(torch.equal, together, alone))
 
 
 # --- whoever calls the UNet ------------------------------------------------------------------------------------------
@@ -425,22 +424,6 @@ def test_an_input_on_another_grid_is_refused(
         if axis == "width":
             assert_same(run(unet), focus(1, make))  # a refused call changes nothing
     assert run(unet, latent(1, *sample), call=client(unet)).shape == (1, 4, *sample)
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def compiled(unet: Any) -> Any:
-    return torch.compile(unet, backend="eager")
-
-
-def compiled_in_place(unet: Any) -> Any:
-    unet.compile(backend="eager")
-    return unet
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of what it cannot trace in the code of others
@@ -595,33 +578,10 @@ def test_where_gradients_are_recorded_the_first_sample_serves(make: Callable[[],
     assert_same(run(unet), focus(1, make))
 
 
-class Recomputed(torch.autograd.Function):
-    """Runs a function without gradients, and once more with them in the backward pass."""
-
-    @staticmethod
-    def forward(context: Any, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        context.function = function
-        context.save_for_backward(x)
-        return function(x.requires_grad_())
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        with torch.enable_grad():
-            (x,) = (saved.detach().requires_grad_() for saved in context.saved_tensors)
-            return None, torch.autograd.grad(context.function(x), x, gradient)[0]
-
-
-RECOMPUTED: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
-    "checkpoint": functools.partial(checkpoint, use_reentrant=False),
-    "reentrant": functools.partial(checkpoint, use_reentrant=True),
-    "function": lambda function, x: Recomputed.apply(function, x),
-}
-
-
 @both_kinds
-@pytest.mark.parametrize("recompute", RECOMPUTED.values(), ids=RECOMPUTED)
+@pytest.mark.parametrize("reentrant", [False, True])  # reentrant: the forward pass runs where gradients are off
 def test_a_recomputed_step_has_the_gradients_of_the_loss_that_was_computed(
-    make: Callable[[], Any], recompute: Callable[..., Tensor]
+    make: Callable[[], Any], reentrant: bool
 ) -> None:
     """Noise optimisation: two steps of a sampling loop, each of which is computed again in the backward pass."""
     unet = make()
@@ -636,7 +596,8 @@ def test_a_recomputed_step_has_the_gradients_of_the_loss_that_was_computed(
         loss.backward()
         return loss.detach(), start.grad
 
-    torch.testing.assert_close(loss_and_gradient(recompute), loss_and_gradient(lambda function, x: function(x)))
+    recomputed = loss_and_gradient(functools.partial(checkpoint, use_reentrant=reentrant))
+    torch.testing.assert_close(recomputed, loss_and_gradient(lambda function, x: function(x)))
 
 
 def test_checkpointed_gradients_are_those_without() -> None:
@@ -666,3 +627,4 @@ def test_any_input_that_needs_gradients_keeps_to_the_first_sample() -> None:
         output = unet(latent(), torch.tensor(3), text().requires_grad_()).sample
     assert_same(output, first_sample())
     assert_same(run(unet), focus())
+    assert_same(run(unet, latent().requires_grad_(), call=unet.forward), first_sample())  # past the UNet's own hooks

@@ -1,4 +1,4 @@
-"""tile_decoding: VAE and vocoder in tiles of time, against the whole clip at once."""
+"""tile_decoding: VAE (decoder and encoder) and vocoder in tiles of time, against the whole clip at once."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AudioLDM2Pipeline
-from diffusers.models.autoencoders.vae import DecoderOutput
-from support.authors import authors
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from support.authors import audiosr, audiosr_batch, authors
 from support.decoding import Holder, NormVAE, speecht5
 from support.memory import PeakMemory
 from support.pipelines import BUILDERS, build, generate
 from support.recorder import frames_of, record
+from support.settings import hand_in
 from torch import Tensor, nn
 from transformers import SpeechT5HifiGan
 
 import litefocus
+from litefocus import _decoding
 from litefocus._decoding import decoding_bytes, tiles_of
 from litefocus._target import latent_geometry
 
@@ -76,6 +79,22 @@ def latents(device: torch.device) -> Tensor:
 def decoded(pipe: Any, latents: Tensor) -> Tensor:
     """Log-mel spectrograms (batch, 1, frames, bins)."""
     return pipe.vae.decode(latents).sample
+
+
+@torch.inference_mode()
+def encoded(vae: Any, mels: Tensor) -> Tensor:
+    """Means and log variances of the latents' distribution, (batch, 2 * channels, frames, bins)."""
+    output = vae.encode(mels)
+    return getattr(output, "latent_dist", output).parameters
+
+
+def assert_near(moments: Tensor, whole: Tensor, at: Tensor) -> None:
+    """In standard deviations of each channel; and from one frame to the next, also `at` the seams."""
+    errors, deviations = moments - whole, whole.std(dim=(0, 2, 3), keepdim=True)
+    assert 0 < (errors / deviations).square().mean(dim=(1, 2, 3)).sqrt().max() < 0.02
+    assert (errors / deviations)[:, :, torch.cat([at - 1, at])].square().mean().sqrt() < 0.02
+    step, own = ((x[:, :, at] - x[:, :, at - 1]).abs().mean() for x in (moments, whole))
+    assert step < 1.01 * own
 
 
 @torch.inference_mode()
@@ -295,6 +314,141 @@ def test_memory_is_that_of_one_tile(pipe, clips) -> None:
     assert decoding_bytes(types.SimpleNamespace(unet=None), 10.0) is None
 
 
+# --- encoding --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spectrograms(embedded: Any, clips: Tensor) -> Tensor:
+    """Log-mel spectrograms of the two clips, (2, 1, 768, 64)."""
+    litefocus.unpatch(embedded)
+    return decoded(embedded, clips).clone()
+
+
+@pytest.mark.parametrize(("seconds", "count"), [(3.84, 2), (2.56, 3)])
+def test_latents_are_those_of_the_whole_clip_without_a_step_at_the_seams(pipe, spectrograms, seconds, count) -> None:
+    whole = encoded(pipe.vae, spectrograms)
+    with litefocus.tile_decoding(pipe, seconds=seconds):
+        moments = encoded(pipe.vae, spectrograms)
+    assert_near(moments, whole, seams(192, count))
+    assert torch.equal(encoded(pipe.vae, spectrograms), whole)
+
+
+@pytest.mark.parametrize("quiet", ["silent from two thirds on", "fading in"])
+def test_clips_whose_loudness_changes(pipe, spectrograms, quiet) -> None:
+    """Their tiles have other moments than the clip: two passes alone would be off by 0.03 and more."""
+    floor, frames = -11.5, torch.linspace(0, 1, 768)[:, None]
+    gain = (frames < 2 / 3).float() if quiet.startswith("silent") else frames
+    mels = floor + gain.to(spectrograms) * (spectrograms[:1] - floor)
+    whole = encoded(pipe.vae, mels)
+    sounds = decoded(pipe, whole[:, :8])
+    with litefocus.tile_decoding(pipe, seconds=SECONDS):
+        assert_near(encoded(pipe.vae, mels), whole, seams(192, 3))
+        assert (decoded(pipe, whole[:, :8]) - sounds).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("rest", [1, 2, 3])
+def test_the_last_latent_frame_depends_on_what_is_too_short_for_one_more(pipe, spectrograms, rest) -> None:
+    x = spectrograms[:, :, : 4 * 150 + rest].clone()
+    x[:, :, -rest:] += 3
+    whole = encoded(pipe.vae, x)
+    without = (encoded(pipe.vae, x[:, :, :600]) - whole)[:, :, -1].abs().mean()
+    with litefocus.tile_decoding(pipe, seconds=SECONDS):
+        moments = encoded(pipe.vae, x)
+    assert moments.shape == whole.shape == (2, 16, 150, 16)
+    assert (moments - whole)[:, :, -1].abs().mean() < 0.1 * without
+    assert_near(moments, whole, seams(150, 3))
+
+
+@pytest.mark.parametrize("scale", [1, 4])
+def test_a_group_norm_of_an_encoder_is_that_of_the_whole_clip(scale: int) -> None:
+    vae = NormVAE(scale=scale)
+    x = 3 + torch.randn(2, 8, 1003, 4) * torch.linspace(5, 0.1, 1003)[:, None]
+    x[:, :, -3:] += 100
+    whole = vae.encode(x)
+    with litefocus.tile_decoding(Holder(speecht5(), vae), seconds=2, overlap=0.3):
+        torch.testing.assert_close(vae.encode(x), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("frames", [256, 259, 260], ids=["one tile", "one tile and a rest", "two tiles"])
+def test_what_encoding_returns_is_of_the_same_type(pipe, spectrograms, frames) -> None:
+    x = spectrograms[:1, :, :frames]
+    whole = encoded(pipe.vae, x)
+    litefocus.tile_decoding(pipe, seconds=2.56)
+    with torch.inference_mode():
+        output = pipe.vae.encode(x)
+        assert type(output) is AutoencoderKLOutput
+        (as_tuple,) = pipe.vae.encode(x, return_dict=False)
+        latents = pipe.vae.encode(x=x, return_dict=True).latent_dist
+    for found in (output.latent_dist, as_tuple, latents):
+        assert type(found) is DiagonalGaussianDistribution
+        assert torch.equal(found.parameters, output.latent_dist.parameters)
+        assert (found.parameters.dtype, found.parameters.device) == (whole.dtype, whole.device)
+        assert torch.equal(found.mode(), found.parameters[:, :8])
+        draw = DiagonalGaussianDistribution(whole).sample(torch.Generator().manual_seed(0))
+        torch.testing.assert_close(found.sample(torch.Generator().manual_seed(0)), draw, atol=0.1, rtol=0)
+    assert torch.equal(latents.parameters, whole) == (frames < 260)
+
+
+def test_batches_are_encoded_clip_by_clip(small, device) -> None:
+    mels = torch.randn(1, 1, 400, 64, generator=torch.Generator().manual_seed(2)).to(device)
+    litefocus.tile_decoding(small, seconds=1, overlap=0.2)
+    batch = torch.cat([mels, 3 * mels.flip(2)])
+    alone = torch.cat([encoded(small.vae, one) for one in batch.split(1)])
+    recorder = record(small.vae.encoder, "forward")
+    torch.testing.assert_close(encoded(small.vae, batch), alone, atol=1e-5, rtol=0)
+    assert frames_of(recorder) == [4 * (25 + 2 * 5)] * 2 * 4 * 2
+
+
+@pytest.mark.parametrize("of", ["spectrogram", "weights"])
+def test_gradients_of_encoding_are_those_of_the_whole_clip(small, device, of) -> None:
+    mels = torch.randn(1, 1, 400, 64, generator=torch.Generator().manual_seed(2)).to(device).requires_grad_()
+    x = mels if of == "spectrogram" else small.vae.encoder.conv_in.weight
+
+    def gradient() -> Tensor:
+        return torch.autograd.grad(small.vae.encode(mels).latent_dist.mode().square().mean(), x)[0]
+
+    whole = gradient()
+    litefocus.tile_decoding(small, seconds=1, overlap=0.2)
+    assert torch.equal(gradient(), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_encoding_in_half_precision(small, device, dtype) -> None:
+    mels = torch.randn(1, 1, 400, 64, generator=torch.Generator().manual_seed(2)).to(device)
+    with litefocus.tile_decoding(small, seconds=1, overlap=0.2):
+        tiled = encoded(small.vae, mels)
+    whole = encoded(small.vae, mels)
+    small.vae.to(dtype)
+    error = (encoded(small.vae, mels.to(dtype)) - whole).abs().mean()
+    with litefocus.tile_decoding(small, seconds=1, overlap=0.2):
+        moments = encoded(small.vae, mels.to(dtype))
+    assert moments.dtype == dtype
+    assert (moments - tiled).abs().mean() < 1.5 * error
+
+
+def test_memory_of_encoding_is_that_of_one_tile(pipe, spectrograms) -> None:
+    peaks = {}
+    for frames in (384, 768):
+        for tiles in (False, True):
+            if tiles:
+                litefocus.tile_decoding(pipe, seconds=1.28, overlap=0.32)
+            with PeakMemory() as memory:
+                encoded(pipe.vae, spectrograms[:1, :, :frames])
+            litefocus.unpatch(pipe)
+            peaks[frames, tiles] = memory.peak
+    assert peaks[768, False] > 1.9 * peaks[384, False]
+    assert peaks[768, True] < 1.1 * peaks[384, True] < 0.7 * peaks[384, False]
+
+
+def test_a_vae_that_only_decodes(small, latents) -> None:
+    """As those that some clients bring, and that nothing is added to."""
+    vae = NormVAE()
+    vae.encode = None
+    with litefocus.tile_decoding(Holder(speecht5(), vae), seconds=1, overlap=0.2):
+        assert vae.encode is None
+        vae.decode(latents)
+
+
 # --- whole pipelines -------------------------------------------------------------------------------------------------
 
 
@@ -371,6 +525,7 @@ def test_threads_share_the_tiles(small, latents) -> None:
 @pytest.fixture
 def authors_vae(monkeypatch: pytest.MonkeyPatch) -> Any:
     """AudioLDM's own VAE with its vocoder, which Tango has too, with attention in the middle block; small widths."""
+    monkeypatch.setattr(_decoding, "SETTLED", 0.05)  # random weights magnify any change of a norm's moments
     utilities = authors("audioldm", "hifigan.utilities")
     monkeypatch.setitem(utilities.HIFIGAN_16K_64, "upsample_initial_channel", 32)
     torch.manual_seed(0)
@@ -414,6 +569,64 @@ def test_latent_diffusion_of_the_authors(authors_vae: Any) -> None:
     nn.Module.__init__(model)
     model.first_stage_model, model.scale_factor = authors_vae, 0.9
     assert_tiled(model, model.decode_first_stage, model.mel_spectrogram_to_waveform)
+
+
+# --- AudioSR, which encodes a clip of any length with two VAEs -------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def superres() -> Any:
+    return audiosr()
+
+
+@pytest.mark.parametrize("which", ["of the clip", "of the condition"])
+def test_latents_of_audiosr(superres: Any, which: str) -> None:
+    """A mel spectrogram of 15.36 s, of a quarter of its bins, through the default overlap."""
+    owner, method = superres, "encode_first_stage"
+    if which == "of the condition":
+        owner, method = superres.cond_stage_models[0].vae, "encode"
+
+    def encode(mels: Tensor) -> Any:
+        return getattr(owner, method)(mels)
+
+    mels = audiosr_batch(1536, bins=64)["log_mel_spec"][:, None]
+    with torch.inference_mode():
+        whole = encode(mels)
+        with litefocus.tile_decoding(superres, seconds=5.12) as handle:
+            assert "tiles of 5.12 s + 1.28 s on either side" in repr(handle)
+            assert tiles_of(superres).overlap == 1.28
+            tiled = encode(mels)
+        assert type(tiled) is type(whole)
+        assert_near(tiled.parameters, whole.parameters, seams(192, 3))
+        assert torch.equal(encode(mels).parameters, whole.parameters)
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
+def test_audiosr_from_clip_to_clip(superres: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own `super_resolution` from where a file was read, patched and in two tiles."""
+    pipeline = authors("audiosr", "pipeline")
+    monkeypatch.setattr(pipeline, "make_batch_for_super_resolution", lambda *_, **__: (audiosr_batch(256), 2.56))
+    monkeypatch.setattr(pipeline, "seed_everything", torch.manual_seed)
+    monkeypatch.setattr(_decoding, "SETTLED", 0.05)  # random weights magnify any change of a norm's moments
+    hand_in(monkeypatch, min_keys_saved=1)
+
+    def generate() -> Any:
+        return pipeline.super_resolution(superres, "clip.wav", ddim_steps=2)
+
+    dense = generate()
+    litefocus.patch(superres, min_sampled=0)
+    focused = generate()
+    litefocus.tile_decoding(superres, seconds=1.28, overlap=0.32)
+    vae, second = superres.first_stage_model, superres.cond_stage_models[0].vae
+    recorders = [record(part, "forward") for part in (vae.encoder, second.encoder, vae.decoder)]
+    tiled = generate()
+    assert [set(frames_of(recorder)) for recorder in recorders] == [{192}, {192}, {24}]
+    assert {layer.state for layer in litefocus.status(superres).layers} == {"focus"}
+    assert tiled.shape == dense.shape == (1, 1, 256 * 480 + 16)
+    error, far = (np.abs(wave - focused).mean() for wave in (tiled, dense))
+    assert 0 < error < 0.2 * far
+    litefocus.unpatch(superres)
+    assert not any("encode" in vars(module) for module in (vae, second))
 
 
 # --- the handle ------------------------------------------------------------------------------------------------------
@@ -524,10 +737,24 @@ def test_a_compiled_decoder_is_refused_or_decodes_the_whole_clip(compile_it: Any
     with pytest.warns(UserWarning, match="decoding the whole clip at once: the VAE's decoder is compiled"):
         torch.testing.assert_close(decoded(pipe, latents), whole)
     handle.remove()
-    with pytest.raises(ValueError, match=r"decoder is compiled, .* tile a decoder that is not compiled"):
+    with pytest.raises(ValueError, match=r"decoder is compiled, .* tile one that is not compiled"):
         litefocus.tile_decoding(pipe)
     assert tiles_of(pipe) is None
     assert "decode" not in before
+
+
+@pytest.mark.filterwarnings("ignore:.*backend.*|.*logg.*|.*mark_dynamic.*")
+def test_a_compiled_encoder_is_refused_or_encodes_the_whole_clip(small: Any, latents: Tensor) -> None:
+    torch._dynamo.reset()
+    mels = decoded(small, latents)
+    whole = encoded(small.vae, mels)
+    with litefocus.tile_decoding(small, seconds=1, overlap=0):
+        small.vae.encoder = torch.compile(small.vae.encoder, backend="eager")
+        with pytest.warns(UserWarning, match="encoding the whole clip at once: the VAE's encoder is compiled"):
+            torch.testing.assert_close(encoded(small.vae, mels), whole)
+        decoded(small, latents)  # in tiles, without a warning
+    with pytest.raises(ValueError, match=r"encoder is compiled, .* or encode the whole clip at once"):
+        litefocus.tile_decoding(small)
 
 
 @pytest.mark.parametrize(

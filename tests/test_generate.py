@@ -5,6 +5,7 @@ import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,15 @@ def test_the_default_clip_sounds_as_prompted(tmp_path: Path) -> None:
 
 
 def test_compare_writes_both_clips_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    short = ["--seconds", "6", "--steps", "8", "--min-sampled", "0", "--sparse-ratio", "0"]
+    short = ["--seconds", "3", "--steps", "3", "--min-sampled", "0", "--sparse-ratio", "0"]
     generate.main([*short, "--compare", "--runs", "1", "--output", str(tmp_path / "a.wav")])
     assert {path.name for path in tmp_path.iterdir()} == {"a.wav", "a_dense.wav", "a.png"}
     patched, dense = (soundfile.read(tmp_path / name)[0] for name in ("a.wav", "a_dense.wav"))
-    assert patched.shape == dense.shape == (96000,)
+    assert patched.shape == dense.shape == (48000,)
     assert np.abs(patched - dense).max() > 1e-3
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     lines = capsys.readouterr().out
-    assert "dense: 6.00 s of audio in" in lines
+    assert "dense: 3.00 s of audio in" in lines
     assert "speed-up of the whole pipeline:" in lines
 
     generate.main([*short, "--no-patch", "--output", str(tmp_path / "b.wav")])
@@ -98,16 +99,10 @@ def test_words_outside_of_the_vocabulary_are_named(tmp_path: Path, capsys: pytes
     first, second = capsys.readouterr().err.splitlines()[:2]
     assert first == "note: words that this model does not know: zither, kazoo"
     assert second == f"it knows, slow, medium or fast: {', '.join(nouns[0] for nouns in NOUNS.values())}"
-    assert len(NOUNS) == 12
-    args = options()
-    pipe = _cli.load_pipeline(args.model, args.device, args.dtype)
-    assert _cli.unknown_words(pipe, *(f"{tempo} {sound}" for tempo in ("slow", "fast") for sound in _cli.SOUNDS)) == []
-    pipe.tokenizer_2 = None  # as of AudioLDM
-    assert _cli.unknown_words(pipe, "a zither") == []
 
 
 def test_a_full_disk_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
 ) -> None:
     """Before the work where it can be seen, and after it where not."""
     monkeypatch.setattr(generate, "generate", lambda pipe, settings: (np.zeros(16000, dtype=np.float32), 1.0))
@@ -126,11 +121,8 @@ def test_a_full_disk_is_one_line(
     monkeypatch.setattr(_cli.shutil, "disk_usage", lambda folder: usage)
     monkeypatch.setattr(generate, "load", lambda args: pytest.fail("work was begun"))
     for arguments in (["--seconds", "60"], ["--seconds", "30", "--compare"]):
-        with pytest.raises(SystemExit) as stop:
-            generate.main([*arguments, "--output", str(tmp_path / "a.wav")])
-        assert stop.value.code == 2
         message = f"error: disk full: 1.9 MB are needed in {tmp_path}, and 1.5 MB are free"
-        assert capsys.readouterr().err.strip().endswith(message)
+        assert refused(generate.main, *arguments, "--output", str(tmp_path / "a.wav")).endswith(message)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +131,6 @@ def test_a_full_disk_is_one_line(
         ([""], "prompt must be text, and not empty, got ''"),
         (["--seconds", "0"], "seconds must be a number between 0.5 and 3600, got 0.0"),
         (["--seconds", "nan"], "seconds must be a number between 0.5 and 3600, got nan"),
-        (["--seconds", "1e9"], "seconds must be a number between 0.5 and 3600, got 1000000000.0"),
         (["--seconds", "a minute"], "argument --seconds: invalid float value: 'a minute'"),
         (["--steps", "0"], "steps must be an integer between 1 and 1000, got 0"),
         (["--guidance", "-1"], "guidance must be a finite number of at least 0, got -1"),
@@ -165,14 +156,9 @@ def test_a_full_disk_is_one_line(
         (["--no-patch", "--compare"], "argument --compare: not allowed with argument --no-patch"),
     ],
 )
-def test_errors_are_one_line_and_leave_nothing(arguments, message, tmp_path, monkeypatch, capsys) -> None:
+def test_errors_are_one_line_and_leave_nothing(arguments, message, tmp_path, monkeypatch, refused) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        generate.main(arguments)
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert len(error.strip().splitlines()) == 1
+    assert message in refused(generate.main, *arguments)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -357,27 +357,14 @@ def test_of_two_launches_one_is_killed_and_the_other_makes_what_one_alone_makes(
         ("a.jsonl", '{"prompt": "a", "seconds": "20"}', [], "seconds must be a number between 0.5 and 3600, got '20'"),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": "a", "seed": 1.5}', [], "line 2: seed must be an integer of at least"),
         ("a.txt", "\n \n", [], "a.txt holds no prompt"),
-        ("a.txt", "a drone", ["--steps", "-2"], "steps must be an integer between 1 and 1000, got -2"),
-        ("a.txt", "a drone", ["--min-freq-bins", "x"], "argument --min-freq-bins: invalid int value: 'x'"),
-        ("a.txt", "a drone", ["--sparse-ratio", "2"], "sparse_ratio must be a finite number in [0, 1], got 2.0"),
         ("a.txt", "a drone", ["--batch-size", "0"], "batch_size must be an integer of at least 1, got 0"),
-        (
-            "a.txt",
-            "a bell\na caf\xe9".encode("latin-1"),
-            [],
-            "a.txt, line 2: not UTF-8: b'a caf\\xe9'; save the file as",
-        ),
+        ("a.txt", b"a bell\na caf\xe9", [], "a.txt, line 2: not UTF-8: b'a caf\\xe9'; save the file as"),
         ("a.jsonl", '{"prompt": "\xe9"}'.encode("latin-1"), [], "a.jsonl, line 1: not UTF-8: "),
         ("missing.txt", None, [], "No such file"),
     ],
 )
-def test_errors_are_one_line_and_leave_nothing(name, text, options, message, tmp_path, capsys) -> None:
+def test_errors_are_one_line_and_leave_nothing(name, text, options, message, tmp_path, refused) -> None:
     if text is not None:
         (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(SystemExit) as stop:
-        generate_many.main([str(tmp_path / name), "--output", str(tmp_path / "clips"), *options])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err.strip()
-    assert message in error
-    assert len(error.splitlines()) == 1
+    assert message in refused(generate_many.main, str(tmp_path / name), "--output", str(tmp_path / "clips"), *options)
     assert not (tmp_path / "clips").exists()

@@ -1,4 +1,4 @@
-"""The grid of one layer: its samples, which sizes stay dense, and how many lengths are kept."""
+"""The grid of one layer: its samples, which sizes stay dense, and what is kept."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from support.memory import NoReading
 from torch import Tensor
 
 from litefocus import LiteFocusConfig, focus_attention, focus_set
-from litefocus._grid import LENGTHS_KEPT, NUM_SAMPLES, Grid
+from litefocus._grid import KEPT_BYTES, NUM_SAMPLES, Grid
 
 CONFIG = LiteFocusConfig(min_sampled=2, sparse_ratio=0.05)
 CPU = torch.device("cpu")
@@ -43,16 +43,22 @@ def test_the_mean_over_samples_is_nearer_to_dense_attention_than_any_of_them() -
     assert off(torch.stack(outputs).mean(dim=0)) < 0.6 * min(map(off, outputs))  # independent errors: half
 
 
-def test_a_focus_set_is_built_once_for_a_size_and_few_are_kept() -> None:
+def test_samples_of_short_clips_are_kept_and_of_a_long_one_the_newest_alone() -> None:
     grid = Grid("mid", config=CONFIG)
-    first = grid.focus_set(30, 8, CPU)
-    assert grid.focus_set(30, 8, CPU) is first
-    for frames in range(31, 40):
-        grid.focus_set(frames, 8, CPU)
-    assert [frames for frames, *_ in grid._built] == list(range(40 - LENGTHS_KEPT, 40))
+    first = [grid.focus_set(30, 8, CPU, sample) for sample in range(NUM_SAMPLES)]
+    assert all(grid.focus_set(30, 8, CPU, sample) is focus for sample, focus in enumerate(first))
+    longest = 0
+    for frames in range(31, 400):
+        longest = max(longest, grid.focus_set(frames, 8, CPU).keys.nbytes)
+        assert sum(built.nbytes for built in grid._built.values()) <= max(KEPT_BYTES, longest)
+    assert 4 < len(grid._built) < 300
     again = grid.focus_set(30, 8, CPU)
-    assert again is not first
-    assert torch.equal(again.keys, first.keys)
+    assert again is not first[0]
+    assert torch.equal(again.keys, first[0].keys)
+    long = [grid.focus_set(30_000, 8, CPU, sample) for sample in range(2)]
+    assert long[0].keys.nbytes > KEPT_BYTES
+    assert [built.focus for built in grid._built.values()] == long[1:]
+    assert long[0].queries is long[1].queries
 
 
 @pytest.mark.parametrize(("frames", "kept"), [(32, 1.0), (63, (63 + 6) / 126)])  # 29 and 57 keys saved

@@ -10,12 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention
 from support.oracle import install_oracle
 from support.pipelines import BUILDERS, build, generate
-from support.settings import hand_in
-from support.small import BOTH, assert_same, dense, focus, patch, run
-from torch import nn
+from support.small import BOTH, assert_same, dense, focus, patch, run, same_processors
 
 import litefocus
 import litefocus.__main__ as report
@@ -24,27 +21,9 @@ from litefocus import LiteFocusConfig, _layers, _patch
 PAPER = LiteFocusConfig.paper()
 
 
-@pytest.fixture
-def one_draw(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oracle does not know timesteps: one sample for all of them."""
-    hand_in(monkeypatch, num_samples=1)
-
-
 @pytest.fixture(params=BUILDERS)
 def pipe(request: pytest.FixtureRequest, device: torch.device) -> Any:
     return build(request.param).to(device)
-
-
-def attentions(unet: nn.Module) -> dict[str, Attention]:
-    return {name: module for name, module in unet.named_modules() if isinstance(module, Attention)}
-
-
-def processors(unet: nn.Module) -> dict[str, Any]:
-    return {name: module.processor for name, module in attentions(unet).items()}
-
-
-def same(before: dict[str, Any], after: dict[str, Any]) -> bool:
-    return before.keys() == after.keys() and all(before[name] is after[name] for name in before)
 
 
 @pytest.mark.parametrize("seconds", [1.0, 1.32, 2.6])  # 25, 33 and 65 latent frames: odd at several levels
@@ -53,9 +32,8 @@ def same(before: dict[str, Any], after: dict[str, Any]) -> bool:
     [LiteFocusConfig(min_sampled=4), PAPER, LiteFocusConfig.paper(sparse_ratio=0.3, seed=5, min_freq_bins=2)],
     ids=["weighted", "paper", "paper, every level"],
 )
-@pytest.mark.usefixtures("one_draw")
-def test_audio_is_that_of_masked_dense_attention(pipe, seconds, config, monkeypatch) -> None:
-    hand_in(monkeypatch, min_keys_saved=1)  # the deepest grids focus too, small as they are
+@pytest.mark.usefixtures("one_sample", "small_grids_focus")
+def test_audio_is_that_of_masked_dense_attention(pipe, seconds, config) -> None:
     dense = generate(pipe, seconds)
     oracle = copy.deepcopy(pipe)
     install_oracle(oracle.unet, config)
@@ -65,7 +43,7 @@ def test_audio_is_that_of_masked_dense_attention(pipe, seconds, config, monkeypa
     assert np.abs(expected - dense).max() > 5e-3  # so that doing nothing would not pass
 
 
-@pytest.mark.usefixtures("one_draw")
+@pytest.mark.usefixtures("one_sample")
 @pytest.mark.parametrize(("far", "more"), [(0, 0), (3, 8 * 3)])
 def test_time_windows_are_those_of_masked_dense_attention(far, more, device) -> None:
     pipe = build("AudioLDM 2").to(device)
@@ -88,11 +66,11 @@ def test_ratio_one_is_dense(pipe) -> None:
 
 
 def test_unpatch_restores_the_objects_and_the_audio(pipe) -> None:
-    before, dense, modules = processors(pipe.unet), generate(pipe), [set(vars(m)) for m in pipe.unet.modules()]
+    before, dense, modules = pipe.unet.attn_processors, generate(pipe), [set(vars(m)) for m in pipe.unet.modules()]
     litefocus.patch(pipe, PAPER)
     assert not np.array_equal(generate(pipe), dense)
     litefocus.unpatch(pipe)
-    assert same(before, processors(pipe.unet))
+    assert same_processors(before, pipe.unet)
     assert np.array_equal(generate(pipe), dense)
     assert [set(vars(module)) for module in pipe.unet.modules()] == modules
 

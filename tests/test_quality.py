@@ -1,5 +1,6 @@
 """examples/evidence/quality.py: its methods, its measures, and a small run of all of it on made-up recordings."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -84,7 +85,8 @@ def heard_of(rng: np.random.Generator, clips: int, windows: int = 2, shift: floa
     tempi = rng.dirichlet(np.ones(3), (clips, windows))
     mix = rng.normal(size=(48, 48))
     points = rng.normal(size=(clips, windows, 48)) @ mix + shift
-    return quality.Heard(classes, tempi, points, rng.normal(size=(clips, 2 * windows, 48)), rng.uniform(size=clips))
+    halves, levels = rng.normal(size=(clips, 2 * windows, 48)), rng.normal(size=(clips, 3))
+    return quality.Heard(classes, tempi, points, halves, rng.uniform(size=clips), levels)
 
 
 def test_frechet_distance_is_that_of_the_definition() -> None:
@@ -107,7 +109,7 @@ def test_measures_of_what_is_perfect_and_of_what_is_not() -> None:
     tempi = np.array([TEMPO_NAMES.index(t) for _, t in labels])
     real = heard_of(rng, 36)
     right_classes, right_tempi = np.eye(12)[sounds][:, None].repeat(2, 1), np.eye(3)[tempi][:, None].repeat(2, 1)
-    right = quality.Heard(right_classes, right_tempi, real.embeddings, real.halves, np.ones(36))
+    right = quality.Heard(right_classes, right_tempi, real.embeddings, real.halves, np.ones(36), real.levels)
     reference = quality.Reference(right, labels)
     everything = np.arange(36)
     found = quality.measures(right, labels, reference)(everything)
@@ -115,11 +117,19 @@ def test_measures_of_what_is_perfect_and_of_what_is_not() -> None:
     assert found["kl"] == pytest.approx(0, abs=1e-3)
     assert found["inception"] == pytest.approx(12, rel=1e-3)
     assert found["drift"] == pytest.approx(1, abs=0.1)  # halves that have nothing to do with each other
-    wrong = quality.Heard(right.classes[::-1], right.tempi, right.embeddings, right.halves * 0, right.beat)
+    wrong = dataclasses.replace(right, classes=right.classes[::-1], halves=right.halves * 0)
     found = quality.measures(wrong, labels, reference)(everything)
     assert found["class"] == np.mean(sounds == sounds[::-1]) < 0.2
     assert found["kl"] == pytest.approx(-math.log(1e-6), rel=0.2)
     assert found["drift"] == 0
+
+
+def test_levels_are_those_of_the_clip_and_of_its_quietest_and_loudest_second() -> None:
+    mels = torch.full((1, 512, 64), -3.0)
+    mels[:, 100:200] += math.log(10)  # ten times the amplitude, 20 dB
+    loudness, quietest, loudest = quality.listen(mels).levels[0]
+    assert loudest - quietest == pytest.approx(20)
+    assert loudness - quietest == pytest.approx(10 * math.log10((412 + 100 * 100) / 512))
 
 
 def test_differences_are_paired() -> None:
@@ -128,7 +138,7 @@ def test_differences_are_paired() -> None:
     values = rng.uniform(size=50)
 
     def of(shift: float):
-        return lambda clips: dict.fromkeys(quality.METRICS, float(values[clips].mean() + shift))
+        return lambda clips: dict.fromkeys((*quality.METRICS, *quality.LEVELS), float(values[clips].mean() + shift))
 
     table = quality.compare({"dense": of(0.0), "other": of(0.25), "real": of(0.5)}, 50)
     cell = table["other"]["class"]

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import encoding
 import pytest
 import readme
 import soundfile
@@ -55,6 +56,12 @@ def test_its_figures_are_those_of_the_json_files() -> None:
     rows = json.loads((ROOT / "examples" / "evidence" / "quality.json").read_text())["rows"]
     (ours,) = [row for row in rows if (row["model"], row["method"], row["times"]) == ("seed 1", "litefocus", 8)]
     assert f"{ours['frechet']['diff']:+.2f} ± {ours['frechet']['diff_se']:.2f} |" in README
+
+
+@pytest.mark.parametrize(("seconds", "tiled"), [(80.0, False), (30.0, True)])
+def test_the_memory_of_encoding_is_counted_again(seconds: float, tiled: bool) -> None:
+    rows = json.loads((ROOT / "examples" / "evidence" / "encoding.json").read_text())["rows"]
+    assert encoding.count(seconds, tiled) in rows
 
 
 def test_what_it_says_that_one_sees_is_what_the_code_says() -> None:

@@ -273,17 +273,6 @@ def test_copies_have_settings_of_their_own(kind: Any, how: Callable[[Any], Any])
     assert other.acts() is other.shown() is None
 
 
-def test_the_processors_are_the_same_objects_afterwards() -> None:
-    unet = small_unet()
-    before = unet.attn_processors
-    patch(unet, 1)
-    with patch(unet, 2):
-        patch(unet, 3)
-    litefocus.unpatch(unet)
-    assert all(unet.attn_processors[name] is processor for name, processor in before.items())
-    assert_off(unet)
-
-
 def test_a_handle_that_is_removed_inside_of_its_block_takes_with_it_what_the_block_had_inside() -> None:
     unet = small_unet()
     with patch(unet, 1) as handle:

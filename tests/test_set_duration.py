@@ -13,9 +13,8 @@ import torch
 from support.oracle import install_oracle
 from support.pipelines import build
 from support.settings import hand_in
-from support.small import Distributed, small_unet
+from support.small import Distributed, compiled, compiled_in_place, small_unet
 from support.tango import AudioDiffusion, Tango, tango_unet
-from torch import nn
 
 import litefocus
 from litefocus import LiteFocusConfig
@@ -99,15 +98,7 @@ def test_a_duration_needs_tango() -> None:
         litefocus.set_duration(build("AudioLDM"), 10)
 
 
-def compiled(model: nn.Module) -> Any:
-    return torch.compile(model, backend="eager")
-
-
-def compiled_in_place(model: nn.Module) -> nn.Module:
-    model.compile(backend="eager")
-    return model
-
-
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("restore", [lambda tango: litefocus.set_duration(tango, None), litefocus.unpatch])
 @pytest.mark.parametrize("wrapped_first", [True, False])
 @pytest.mark.parametrize(
@@ -116,7 +107,6 @@ def compiled_in_place(model: nn.Module) -> nn.Module:
 def test_the_length_of_a_wrapped_tango_is_taken_back(
     wrapper: Callable[[Any], Any], wrapped_first: bool, restore: Callable[[Any], None]
 ) -> None:
-    torch._dynamo.reset()
     model = AudioDiffusion(small_unet())
     arguments = (1, types.SimpleNamespace(init_noise_sigma=1.0), 8, torch.float32, "cpu")
     tango = types.SimpleNamespace(model=wrapper(model) if wrapped_first else model)
@@ -150,8 +140,3 @@ def test_what_somebody_had_set_on_the_model_comes_back() -> None:
     model.prepare_latents = mine  # theirs is theirs
     litefocus.set_duration(tango, None)
     assert model.prepare_latents is mine
-
-
-def test_set_duration_tells_what_mustango_leaves_out() -> None:
-    assert "Mustango" in litefocus.set_duration.__doc__
-    assert "10 seconds" in litefocus.set_duration.__doc__

@@ -16,6 +16,7 @@ import speed
 import torch
 from diffusers import AudioLDM2Pipeline
 from support.embedded import embedded, step
+from support.recorder import Recorder
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,15 +29,9 @@ FRAMES, BINS = 40, 4
 FEW = LiteFocusConfig(min_sampled=4)  # on short clips the default floor keeps all keys
 
 
-class Recorder:
-    """In place of a layer's processor: keeps what it is called with, and returns it."""
-
-    def __init__(self) -> None:
-        self.calls: list[Tensor] = []
-
-    def __call__(self, attn: Any, x: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any) -> Tensor:
-        self.calls.append(x)
-        return x
+def recorder() -> Recorder:
+    """In place of a layer's processor: returns what it is called with."""
+    return Recorder(lambda attn, x: x)
 
 
 @pytest.fixture(scope="module")
@@ -59,19 +54,19 @@ def test_published_arithmetic_is_one_softmax_over_own_bin_and_sample() -> None:
 
 
 def test_tiles_run_the_layer_on_every_tile_and_the_rest() -> None:
-    recorder = Recorder()
-    tiles = methods.Tiles(recorder, freq_bins=BINS, native_frames=64)  # 16 frames where there are 4 bins
+    inner = recorder()
+    tiles = methods.Tiles(inner, freq_bins=BINS, native_frames=64)  # 16 frames where there are 4 bins
     x = torch.arange(FRAMES * BINS).float().view(1, -1, 1)
     assert torch.equal(tiles(None, x), x)
-    assert [tuple(call.shape) for call in recorder.calls] == [(2, 64, 1), (1, 32, 1)]
+    assert [tuple(tile.shape) for (_, tile), _ in inner.calls] == [(2, 64, 1), (1, 32, 1)]
     assert tiles.kept(FRAMES) == pytest.approx((2 * 16**2 + 8**2) / 40**2)
 
 
 def test_merging_runs_the_layer_on_half_of_the_tokens() -> None:
-    recorder = Recorder()
+    inner = recorder()
     x = torch.randn(1, FRAMES * BINS, 6, generator=torch.Generator().manual_seed(0))
-    merged = methods.Merged(recorder, freq_bins=BINS)(None, x)
-    assert (recorder.calls[0].shape, merged.shape) == ((1, FRAMES * BINS // 2, 6), x.shape)
+    merged = methods.Merged(inner, freq_bins=BINS)(None, x)
+    assert (inner.calls[0][0][1].shape, merged.shape) == ((1, FRAMES * BINS // 2, 6), x.shape)
     assert not torch.allclose(merged, x)
 
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import copy
 import pickle
-import random
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -24,7 +23,10 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, Sl
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from support import small
 from support.pipelines import minimal_unet, sharpen
+from support.recorder import Recorder
+from support.small import attention, leftovers, same_processors
 from torch import Tensor, nn
 
 import litefocus
@@ -61,12 +63,8 @@ def run(unet: Callable[..., Any], bins: int = BINS) -> Tensor:
     return output
 
 
-def attention(unet: nn.Module) -> dict[str, Attention]:
-    return {name: module for name, module in unet.named_modules() if isinstance(module, Attention)}
-
-
 def self_attention(unet: nn.Module) -> list[Attention]:
-    return [module for name, module in attention(unet).items() if name.endswith("attn1")]
+    return list(small.self_attention(unet).values())
 
 
 @cache
@@ -94,17 +92,6 @@ def test_the_references_differ() -> None:
 
 
 TOLERANCE = 1e-5  # other kinds of dense attention, and compiled code, round in another way
-
-
-class Recorder:
-    """What attention recorders do: wrap whatever is installed."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-
-    def __call__(self, attn: Attention, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        output: Tensor = self.inner(attn, hidden_states, *args, **kwargs)
-        return output
 
 
 # --- the model: which patch counts, and what stands on a layer
@@ -221,9 +208,7 @@ class World:
             assert row.state == expected_state(layer, config is not None, attn), row.name
             assert layer.anew or plain_at_the_bottom(attn.processor, layer) == layer.tag
         if config is None:
-            for module in self.unet.modules():
-                assert not [name for name in vars(module) if "litefocus" in name]
-                assert not {**module._forward_pre_hooks, **module._forward_hooks}
+            assert not leftovers(self.unet)
             if not self.compiled and all(layer.tag == "original" and not layer.recorders for layer in self.layers):
                 assert torch.equal(output, reference(None, DENSE))
 
@@ -458,62 +443,48 @@ def own_or_newer(unet: nn.Module, outputs: list[Tensor], threads: int, rounds: i
 
     `outputs`: of every thread's settings. A patch is newer if it was made, or its block begun, after the own block.
     """
-    barrier, lock = threading.Barrier(threads), threading.Lock()
+    barrier, lock = threading.Barrier(threads, timeout=60), threading.Lock()
     events: list[int] = []  # threads, in the order in which they patched and entered
     wrong: list[str] = []
 
     def work(thread: int) -> None:
-        jitter = random.Random(thread)
         for _ in range(rounds):
             barrier.wait()
-            time.sleep(jitter.random() * 2e-3)
-            try:
-                with lock:  # of the log alone: so that it tells the order in which they came
-                    handle = litefocus.patch(unet, CONFIGS[thread], freq_bins=BINS)
-                    events.append(thread)
-                time.sleep(jitter.random() * 1e-3)
-                with lock:
-                    handle.__enter__()
-                    begun = len(events)
-                    events.append(thread)
-                try:
-                    time.sleep(jitter.random() * 1e-3)
-                    output = run(unet)
-                finally:
-                    handle.__exit__(None, None, None)
-                with lock:  # whoever has put another patch in force has logged it then
-                    allowed = set(events[begun:])
-                if not any(torch.equal(output, outputs[other]) for other in allowed):
-                    known = [other for other in range(threads) if torch.equal(output, outputs[other])]
-                    wrong.append(f"thread {thread} saw {known or 'a mixture'}, not one of {sorted(allowed)}")
-            except Exception as error:
-                wrong.append(f"thread {thread}: {type(error).__name__}: {error}")
+            with lock:  # of the log alone: so that it tells the order in which they came
+                handle = litefocus.patch(unet, CONFIGS[thread], freq_bins=BINS)
+                events.append(thread)
+            with lock:
+                handle.__enter__()
+                begun = len(events)
+                events.append(thread)
+            output = run(unet)
+            handle.__exit__(None, None, None)
+            with lock:  # whoever has put another patch in force has logged it then
+                allowed = set(events[begun:])
+            if not any(torch.equal(output, outputs[other]) for other in allowed):
+                known = [other for other in range(threads) if torch.equal(output, outputs[other])]
+                wrong.append(f"thread {thread} saw {known or 'a mixture'}, not one of {sorted(allowed)}")
 
-    workers = [threading.Thread(target=work, args=(thread,)) for thread in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    with ThreadPoolExecutor(threads) as workers:
+        list(workers.map(work, range(threads)))  # which raises what they raise
     return wrong
 
 
 @pytest.fixture
-def _many_switches() -> Iterator[None]:
+def many_switches() -> Iterator[None]:
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
     sys.setswitchinterval(interval)
 
 
-@pytest.mark.usefixtures("_many_switches")
+@pytest.mark.usefixtures("many_switches")
 def test_blocks_in_threads() -> None:
     """Every call goes by the settings of one patch, its own or a newer one, and in the end all is as it was."""
     unet, threads = tiny_unet(), 4
-    before = [attn.processor for attn in attention(unet).values()]
+    before = unet.attn_processors
     wrong = own_or_newer(unet, [reference(config, (True, True)) for config in CONFIGS[:threads]], threads, rounds=25)
     assert not wrong
-    assert all(attn.processor is old for attn, old in zip(attention(unet).values(), before, strict=True))
-    for module in unet.modules():
-        assert not [name for name in vars(module) if "litefocus" in name]
-        assert not {**module._forward_pre_hooks, **module._forward_hooks}
+    assert same_processors(before, unet)
+    assert not leftovers(unet)
     assert torch.equal(run(unet), reference(None, DENSE))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +36,13 @@ Traced = Callable[..., Tensor]
 Tracer = Callable[[nn.Module, tuple[Tensor, ...]], Traced]
 
 pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
     # the jit says that shapes become constants, and that it is no longer the way to go
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     # decompositions of exported graphs use deprecated parts of torch
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class Layer(nn.Module):
@@ -207,23 +201,6 @@ def test_ahead_of_time(tmp_path: Path) -> None:
     loaded = torch._inductor.aoti_load_package(package)
     for _ in range(3):
         torch.testing.assert_close(loaded(*model.inputs), eager(*model.inputs), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", [Layer, PatchedUNet])
-@torch.no_grad()
-def test_onnx(kind: type[nn.Module], tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    model = kind().eval()
-    eager = expected(model)
-    program = torch.onnx.export(model, model.inputs, dynamo=True, verbose=False)
-    assert not any("Random" in node.op_type for node in program.model.graph)
-    program.save(tmp_path / "model.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    feed = {each.name: value.numpy() for each, value in zip(session.get_inputs(), model.inputs, strict=True)}
-    for _ in range(3):
-        (found,) = session.run(None, feed)
-        torch.testing.assert_close(torch.from_numpy(found), eager(*model.inputs), rtol=1e-3, atol=1e-4)
 
 
 # --- the private names of the compiler --------------------------------------------------------------------------------

@@ -66,16 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for setting in SETTINGS:
         environment = plain | dict(pair.split("=", 1) for pair in setting.split())
-        command = [
-            sys.executable,
-            __file__,
-            "--one",
-            setting,
-            "--seconds",
-            str(args.seconds),
-            "--steps",
-            str(args.steps),
-        ]
+        length = [f"--seconds={args.seconds}", f"--steps={args.steps}"]
+        command = [sys.executable, __file__, "--one", setting, *length]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(rows[-1], flush=True)

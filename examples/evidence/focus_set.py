@@ -24,17 +24,14 @@ def draw(path: Path) -> None:
     figure, axes = plt.subplots(2, 1, figsize=(9, 3.4), sharex=True, layout="constrained")
     whole = LiteFocusConfig(time_window=None)
     window = LiteFocusConfig(time_window=128)
-    titles = (
-        "up to half a minute: own bin, sample of the others",
-        "longer: the same in a time window, sample of the rest",
-    )
+    titles = ("up to 15 s: own bin, sample of the others", "longer: the same in a time window, sample of the rest")
     for axis, config, title in zip(axes, (whole, window), titles, strict=True):
         focus = focus_set(FRAMES, BINS, config)
         group = int(focus.inverse[FRAME * BINS + BIN]) // focus.queries.shape[1]
         keys = focus.keys[group].numpy()
         frames, bins = keys // BINS, keys % BINS
         weights = focus.log_weights.exp().numpy()
-        colours = np.where(weights == 1, BLUE, np.where(weights == weights.max(), GREEN, ORANGE))
+        colours = np.where(weights == 1, BLUE, np.where(weights > weights.max() / 2, GREEN, ORANGE))
         if config.time_window is None:
             colours = np.where(weights == 1, BLUE, ORANGE)
         axis.scatter(frames, bins, s=9, c=colours, marker="s", linewidths=0)

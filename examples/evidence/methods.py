@@ -9,8 +9,7 @@ import torch
 from compare import Merged, Method, Peer, Tiles, flop_ratio, install, installed
 from torch import Tensor
 
-import litefocus
-from litefocus import LiteFocusConfig, _patch
+from litefocus import _patch
 
 __all__ = ["Merged", "Method", "Peer", "Published", "SelfOnly", "Tiles", "flop_ratio", "install", "running"]
 
@@ -70,9 +69,4 @@ def running(
     """`compare.installed`; `num_samples`: how many samples a patched layer has, of which every step takes one."""
     if num_samples is None:
         return installed(pipe, method, native_frames)
-    return patched_with_samples(pipe, method, num_samples)
-
-
-def patched_with_samples(pipe: Any, config: LiteFocusConfig, num_samples: int) -> litefocus.Patch:
-    """`litefocus.patch` with another number of samples, which is no option of it."""
-    return _patch.patch_with(pipe, config, num_samples=num_samples)
+    return _patch.patch_with(pipe, method, num_samples=num_samples)

@@ -14,12 +14,14 @@ for another. Judge and embedder hear decoded mel spectrograms; the vocoder, the 
 Of every 5.12 s window: `class` and `tempo` right; `kl` of the judge's class posterior from that of real windows of the
 class; `inception`, the judge's inception score; `frechet`, the Fréchet distance of embeddings to those of 720 real
 windows. Of every clip: `beat`, the highest autocorrelation of its onset envelope at lags of 0.2 to 2 s; `drift`, the
-mean squared distance between embeddings of its 2.56 s windows, where windows of unrelated real clips have 1.
+mean squared distance between embeddings of its 2.56 s windows, where windows of unrelated real clips have 1; and its
+level in dB, whole (`loudness`) and of its quietest and loudest second.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -28,7 +30,6 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ TIMESTEPS = (500, 901)
 # ----------------------------------------------------------------------------------------------------- methods
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Method:
     """A way to run self-attention.
 
@@ -128,7 +129,9 @@ class Method:
         return running(pipe, self.how, NATIVE, self.samples)
 
 
-DEFAULT = LiteFocusConfig()
+PUBLISHED = 256  # latent frames of the native length of published models
+# The default in proportion: the trained models' native length is shorter than that of published ones.
+DEFAULT = dataclasses.replace(LiteFocusConfig(), time_window=(LiteFocusConfig().time_window or 0) * NATIVE // PUBLISHED)
 WAYS: dict[str, Method] = {
     "dense": Method(),
     "litefocus": Method(DEFAULT),
@@ -257,12 +260,12 @@ def real(pipe: AudioLDM2Pipeline, count: int, times: int, seed: int, args: argpa
 # --------------------------------------------------------------------------------------------------- listening
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Heard:
     """What the judge and the embedder make of clips.
 
     classes (clips, windows, 12), tempi (clips, windows, 3): probabilities. embeddings (clips, windows, 48), halves
-    (clips, 2 * windows, 48): of whole and half windows. beat: (clips,).
+    (clips, 2 * windows, 48): of whole and half windows. beat: (clips,). levels: (clips, 3), in dB, by LEVELS.
     """
 
     classes: Array
@@ -270,6 +273,7 @@ class Heard:
     embeddings: Array
     halves: Array
     beat: Array
+    levels: Array
 
 
 def listen(mels: Tensor) -> Heard:
@@ -291,7 +295,10 @@ def listen(mels: Tensor) -> Heard:
         power = torch.fft.rfft(onsets, n=2 * onsets.shape[1]).abs().square()
         echo = torch.fft.irfft(power)[:, :201] / torch.arange(onsets.shape[1], onsets.shape[1] - 201, -1)
         beat = (echo[:, 20:].amax(dim=1) / echo[:, 0].clamp(min=1e-9)).double().numpy()
-    return Heard(classes, tempi, embeddings, halves, beat)
+        energy = (2 * mels.double()).exp().sum(dim=2)  # of frames of 10 ms, up to a factor: mels are logs of amplitudes
+        seconds = energy[:, : frames // 100 * 100].unflatten(1, (-1, 100)).mean(dim=2)
+        levels = 10 * torch.stack([energy.mean(dim=1), seconds.amin(dim=1), seconds.amax(dim=1)], dim=1).log10()
+    return Heard(classes, tempi, embeddings, halves, beat, levels.numpy())
 
 
 class Reference:
@@ -326,6 +333,7 @@ METRICS = {  # name: whether more is better
     "beat": True,
     "drift": False,
 }
+LEVELS = ("loudness", "quietest", "loudest")  # neither more nor less is better, so no cell of them is counted
 RESAMPLES = 500
 
 
@@ -341,6 +349,7 @@ def measures(heard: Heard, labels: list[tuple[str, str]], reference: Reference) 
         "kl": (real_posterior * (np.log(real_posterior) - logs)).sum(axis=2).mean(axis=1),
         "beat": heard.beat,
         "drift": (heard.halves.var(axis=1, ddof=1) / reference.unrelated).mean(axis=1),
+        **dict(zip(LEVELS, heard.levels.T, strict=True)),
     }
     negative_entropy = (heard.classes * logs).sum(axis=2).mean(axis=1)
 
@@ -349,7 +358,7 @@ def measures(heard: Heard, labels: list[tuple[str, str]], reference: Reference) 
         found["frechet"] = reference.frechet(heard.embeddings[clips].reshape(-1, heard.embeddings.shape[-1]))
         mean = heard.classes[clips].mean(axis=(0, 1)).clip(min=1e-6)
         found["inception"] = math.exp(negative_entropy[clips].mean() - (mean * np.log(mean)).sum())
-        return {name: found[name] for name in METRICS}
+        return {name: found[name] for name in (*METRICS, *LEVELS)}
 
     return of
 
@@ -365,7 +374,7 @@ def compare(methods: dict[str, Callable[[Any], dict[str, float]]], count: int) -
     everything = np.arange(count)
     values = {name: of(everything) for name, of in methods.items()}
     cells: dict[str, Row] = {name: {} for name in methods}
-    for name, metric in itertools.product(methods, METRICS):
+    for name, metric in itertools.product(methods, (*METRICS, *LEVELS)):
         drawn = np.array([of[metric] for of in resampled[name]])
         cells[name][metric] = {"value": values[name][metric], "se": float(drawn.std(ddof=1))}
         if "dense" in methods and name != "real":
@@ -605,8 +614,9 @@ def sound_table(rows: list[Row]) -> str:
     """The metrics of every method at one length."""
     order = {method: place for place, method in enumerate(METHODS)}
     rows = sorted(rows, key=lambda row: order.get(row["method"], len(order)))
-    cells = [[row["method"], *(cell_text(row[metric]) for metric in METRICS)] for row in rows]
-    return table(("method", *METRICS), cells)
+    names = [name for name in (*METRICS, *LEVELS) if any(name in row for row in rows)]
+    cells = [[row["method"], *(cell_text(row[name]) if name in row else "-" for name in names)] for row in rows]
+    return table(("method", *names), cells)
 
 
 def screen_table(rows: list[Row]) -> str:
@@ -641,7 +651,9 @@ def page(record: dict[str, list[Row]], name: str) -> str:
         f"Written by `python examples/evidence/quality.py --samples DIR --output examples/evidence/{name}`; the",
         f"figures are those of `{name}.json`. How they are measured is in the docstring of `quality.py`, what the",
         "model is in `../embedded/README.md`. More is better of class, tempo, inception and beat, less of frechet, kl",
-        "and drift.",
+        "and drift. `litefocus` is the default with a time window of the model's native length, as on published",
+        "models; `litefocus, before` that of 2026-11-27, with 4 times that, and samples that were not stratified, as",
+        "those of `paper` were in these rows.",
         "",
         "## Sound",
         "",
@@ -663,7 +675,7 @@ def page(record: dict[str, list[Row]], name: str) -> str:
             "No judge: `cost`, the share of dense self-attention's arithmetic; `attention`, the relative error of a",
             "layer's attention output against dense on the same input, on average over all layers and, in brackets,",
             "in the worst; `latents`, the distance of final latents to those of dense attention from the same noise,",
-            "where dense attention from other noise has 1.",
+            "where dense attention from other noise has 1. Samples were not stratified yet.",
             "",
         ]
     for (model,), rows in by(record["screen"], "model").items():
@@ -678,7 +690,8 @@ def page(record: dict[str, list[Row]], name: str) -> str:
 def plot_forest(rows: list[Row], path: Path) -> None:
     """Differences to dense, method by metric, a panel for every length."""
     lengths = sorted({row["times"] for row in rows})
-    names = [name for name in METHODS if name not in ("dense", "self only") and any(r["method"] == name for r in rows)]
+    there = {row["method"] for row in rows}
+    names = [name for name in (*METHODS, "litefocus, before") if name in there and name not in ("dense", "self only")]
     look, limit = styles(names), 3.5
     columns = min(len(lengths), 3)  # two rows of three, at the six lengths there are
     figure, every = panels(columns, -(-len(lengths) // columns), width=4.2, height=9.0)

@@ -36,7 +36,8 @@ with interruptible():
     import torch
     from methods import flop_ratio
 
-    from litefocus import _decoding
+    import litefocus
+    from litefocus import _decoding, _grid
 
 README = EXAMPLES.parent / "README.md"
 MARKED = re.compile(r"(<!-- (figures|memory|allocator) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
@@ -94,19 +95,24 @@ def figures() -> str:
     header = ["", *(f"step, {length:g} s" for length in SECONDS[1:]), f"sound, {LENGTH}"]
     names = {method: f"**{method}**" if method == "litefocus" else method for method in METHODS}
     rows = [[name, *cells(method, times, sounds)] for method, name in names.items()]
-    timed = row_of(times, model=TIMED, method="litefocus", seconds=max(SECONDS)) or times[0]
+    shown = [
+        row for row in times if row["model"] == TIMED and row["method"] in METHODS and row["seconds"] in SECONDS[1:]
+    ]
     judged = row_of(sounds, model=JUDGED, method="litefocus", times=TIMES) or sounds[0]
-    machine, date = timed["measured"].split(",")[0], judged["measured"].split(", ")[-1]
-    judgements = [worse(method, evaluation["counts"]) for method in ("litefocus", "paper", "time tiles")]
+    machines = " and ".join(dict.fromkeys(row["measured"].split(",")[0] for row in shown))
+    date = judged["measured"].split(", ")[-1]
+    judgements = [
+        worse(name, evaluation["counts"]) for name in ("litefocus", "litefocus, before", "paper", "time tiles")
+    ]
     models, longest = len({row["model"] for row in sounds}), max(row["times"] for row in sounds)
     text = (
-        "A UNet step of AudioLDM 2 at its published widths, with random weights, on a CPU "
-        f"({machine}): dense in seconds, the others as speed-up (\\* estimated from FLOPs, not measured). Sound: "
-        "Fréchet distance of 5 s windows to real ones, lower is better, as difference to dense ± standard error, of "
-        f"{judged['clips']} clips of a small trained model. By seven measures on {models} trained UNets, at 1 to "
-        f"{longest} times their native length, the output is worse than dense by over two standard errors in these "
-        f"comparisons, where chance alone makes 2.3 %: {', '.join(judgements)} ([speed](examples/evidence/speed.md), "
-        f"[sound](examples/evidence/quality.md), {date})."
+        f"A UNet step of AudioLDM 2 at its published widths, with random weights, on a CPU ({machines}): dense in "
+        "seconds, the others as speed-up (\\* estimated from FLOPs); 600 s is summed up from layers. Sound: Fréchet "
+        "distance of 5 s windows to real ones, lower is better, as difference to dense ± standard error, of "
+        f"{judged['clips']} clips of a small trained model. {models} trained UNets were compared with dense by seven "
+        f"measures, at 1 to {longest} times their native length. Worse by over two standard errors, where 2.3 % are "
+        f"expected by chance: {', '.join(judgements)} comparisons; `before` is the default of 2026-11-27 "
+        f"([speed](examples/evidence/speed.md), [sound](examples/evidence/quality.md), {date})."
     )
     lines = ["", *textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)]
     return table(header, rows) + "\n".join(lines) + "\n"
@@ -117,9 +123,33 @@ def decoding(pipe: Any, length: float, tiled: bool) -> float | None:
     return _decoding.decoding_bytes(pipe, length, (10.24, 0.64) if tiled else None)
 
 
+def encoding(length: float, tiled: bool) -> float | None:
+    """Bytes of encoding a clip by AudioSR's VAE, as they were counted."""
+    row = row_of(read(HERE / "encoding.json", "rows")["rows"], seconds=length, tiled=tiled)
+    return None if row is None else row["bytes"]
+
+
+def focus_sets(length: float) -> float:
+    """Bytes of the focus sets of all layers after a few steps."""
+    frames = round(25 * length)
+    with litefocus.patch(timed_model()) as patch:
+        grids = patch._setting.grids.values()
+        kept: dict[int, int] = {}
+        for grid in grids:
+            size = (_grid.halved(frames, grid.level), _grid.halved(16, grid.level))
+            for sample in range(grid.num_samples if grid.keys_kept(*size) < 1 else 0):
+                grid.focus_set(*size, torch.device("cpu"), sample)
+            for built in grid._built.values():
+                tensors = (built.focus.queries, built.focus.keys, built.focus.inverse)
+                kept |= {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+        return sum(kept.values())
+
+
 def gibibytes(size: float) -> str:
-    """With one decimal."""
-    return f"{size / 2**30:.1f} GiB" if size >= 0.05 * 2**30 else "< 0.1 GiB"
+    """With one decimal, or none from 100 on."""
+    if size < 0.05 * 2**30:
+        return "< 0.1 GiB"
+    return f"{size / 2**30:.1f} GiB" if size < 100 * 2**30 else f"{size / 2**30:.0f} GiB"
 
 
 def memory() -> str:
@@ -129,13 +159,16 @@ def memory() -> str:
     steps = [row_of(times, model=TIMED, method="litefocus", seconds=length, dtype="float32") for length in SECONDS]
     rows = {
         "a UNet step, patched": [None if row is None else row["peak_mb"] / 2 * 1e6 for row in steps],
+        "its focus sets": [focus_sets(length) for length in SECONDS],
         "decoding, whole": [decoding(pipe, length, tiled=False) for length in SECONDS],
         "decoding, `tile_decoding`": [decoding(pipe, length, tiled=True) for length in SECONDS],
+        "AudioSR in float32: encoding, whole": [encoding(length, tiled=False) for length in SECONDS],
+        "AudioSR in float32: encoding, `tile_decoding`": [encoding(length, tiled=True) for length in SECONDS],
     }
     cells = [
         [name, *("not measured" if size is None else gibibytes(size) for size in sizes)] for name, sizes in rows.items()
     ]
-    return table(["float16, beside the weights", *(f"{length:g} s" for length in SECONDS)], cells)
+    return table(["float16, weights not counted, estimated", *(f"{length:g} s" for length in SECONDS)], cells)
 
 
 def allocator() -> str:

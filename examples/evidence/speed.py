@@ -36,7 +36,7 @@ from typing import Any
 
 from report import Row, by, interruptible, measured, merged, read, table, write
 
-METHODS = ("dense", "litefocus", "paper", "native window", "time tiles", "token merging", "published arithmetic")
+METHODS = ("dense", "litefocus", "paper", "time tiles", "token merging", "published arithmetic")
 MODELS = ("audioldm2", "tango", "small")  # the last to see that everything works
 HOWS = ("eager", "compiled", "CUDA graph")
 PUBLISHED_SECONDS = 40.0  # above, the published arithmetic is left out: its scores take gigabytes a layer
@@ -94,7 +94,6 @@ WAYS: dict[str, Method] = {
     "dense": None,
     "litefocus": LiteFocusConfig(),
     "paper": LiteFocusConfig.paper(),
-    "native window": LiteFocusConfig(time_window=256),
     "time tiles": Tiles,
     "token merging": Merged,
     "published arithmetic": Published,
@@ -108,17 +107,17 @@ QUEUED = 0.05  # seconds of work between two events, so that starting it does no
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts how many bytes of tensors allocated inside live at once (`peak`), on any device."""
+    """Counts how many bytes of tensors allocated inside live at once (`peak`), on any device, also of fake tensors."""
 
     live = peak = 0
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        inputs = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
+        inputs = {x.untyped_storage()._cdata for x in args if isinstance(x, Tensor)}
         outputs = func(*args, **(kwargs or {}))
         for x in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
-            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in inputs:
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in inputs:
                 self.live += x.untyped_storage().nbytes()
                 self.peak = max(self.peak, self.live)
                 weakref.finalize(x.untyped_storage(), self._free, x.untyped_storage().nbytes())
@@ -497,11 +496,11 @@ def page(record: dict[str, list[Row]], picture: str) -> str:
         "",
         "Written by `examples/evidence/speed.py` (until November 2026 `examples/benchmark.py`), whose first lines say",
         "how it measures. `ratio` is dense attention's median time over the method's, `FLOP ratio` the same for the",
-        "arithmetic, which is the most that can be reached. `paper` is `LiteFocusConfig.paper()`, `native window` is",
-        "`time_window=256`, `published arithmetic` the published code's formula, which materialises its scores; time",
-        "tiles have the native length of 10.24 s; token merging takes half of the tokens by tomesd's functions. In the",
-        "rows of one attention call, `no window` is the paper's focus sets with weights. Seconds on a CPU are CPU",
-        "seconds; the peak of the memory is what a run allocates on top of its inputs and of the weights.",
+        "arithmetic. `paper` is `LiteFocusConfig.paper()`, `published arithmetic` the published code's formula, which",
+        "materialises its scores; time tiles have the native length of 10.24 s; token merging takes half of the tokens",
+        "by tomesd's functions. In the rows of one attention call, `no window` is the paper's focus sets with weights.",
+        "Seconds on a CPU are CPU seconds; the peak of the memory is what a run allocates on top of its inputs and of",
+        "the weights.",
         "",
     ]
     if picture:

@@ -1,14 +1,20 @@
-"""The UNets of the authors' packages audioldm, audioldm2 and audiosr: the real classes, small random weights."""
+"""The authors' packages audioldm, audioldm2 and audiosr: their UNets, and the whole of AudioSR. The real classes, small
+random weights.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from transformers import RobertaTokenizer, T5EncoderModel  # noqa: F401  # looks for packages that have placeholders below
 
 
 def authors(package: str, module: str) -> Any:
@@ -88,3 +94,94 @@ def run_original(unet: Any, frames: int = 24, bins: int = 16) -> Tensor:
 
 def cross_attention(unet: nn.Module) -> dict[str, Any]:
     return {name: layer for name, layer in unet.named_modules() if type(layer).__name__ == "CrossAttention"}
+
+
+class Placeholder(ModuleType):
+    """A package that is imported, and none of whose functions is called."""
+
+    __path__: list[str] = []  # noqa: RUF012
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+# audiosr imports them, and `super_resolution` calls none once it has read its file
+NOT_CALLED = (
+    *("librosa", "librosa.filters", "librosa.util", "torchaudio", "torchvision", "torchvision.utils"),
+    *("audiosr.utilities.data", "audiosr.utilities.tools", "audiosr.clap.open_clip", "audiosr.clap.training.data"),
+    "audiosr.latent_diffusion.modules.audiomae.AudioMAE",
+    "audiosr.latent_diffusion.modules.phoneme_encoder.encoder",
+    *("unidecode", "phonemizer"),
+)
+
+
+@contextlib.contextmanager
+def placeholders() -> Iterator[None]:
+    """For the block, `import` finds a placeholder where it would look for these."""
+    made = {name: Placeholder(name) for name in NOT_CALLED if name not in sys.modules}
+    sys.modules.update(made)
+    yield
+    for name in made:
+        del sys.modules[name]
+
+
+class Librosa:
+    """Two functions of librosa with its defaults, by torch."""
+
+    settings: dict[str, Any] = {"n_fft": 2048, "hop_length": 512, "window": torch.hann_window(2048)}  # noqa: RUF012
+
+    @classmethod
+    def stft(cls, wave: Any) -> Any:
+        return torch.stft(torch.as_tensor(wave), **cls.settings, pad_mode="constant", return_complex=True).numpy()
+
+    @classmethod
+    def istft(cls, spectrum: Any, length: int) -> Any:
+        return torch.istft(torch.as_tensor(spectrum), **cls.settings, length=length).numpy()
+
+
+def audiosr() -> Any:
+    """AudioSR 0.0.7's `LatentDiffusion` as its `build_model` makes it, from its own configuration at small widths.
+
+    Its two VAEs have weights of their own. Without CLAP, which it loads from the hub and does not call.
+    """
+    with placeholders():
+        ddpm = authors("audiosr", "latent_diffusion.models.ddpm")
+        authors("audiosr", "latent_encoder.autoencoder"), authors("audiosr", "pipeline")
+        config = authors("audiosr", "utils").get_basic_config()["model"]["params"]
+        vocoders = authors("audiosr", "utilities.model")
+    ddpm.librosa = Librosa
+    stage = config["cond_stage_config"]["concat_lowpass_cond"]["params"]["first_stage_config"]
+    for first_stage in (config["first_stage_config"], stage):
+        first_stage["params"]["ddconfig"] |= {"ch": 32, "num_res_blocks": 1}
+    config["unet_config"]["params"] |= {"model_channels": 32, "num_res_blocks": 1}
+    vocoder = vocoders.get_vocoder_config_48k() | {"upsample_initial_channel": 32}
+    torch.manual_seed(0)
+    with (
+        mock.patch.object(ddpm, "CLAPAudioEmbeddingClassifierFreev2", return_value=None),
+        mock.patch.object(vocoders, "get_vocoder_config_48k", return_value=vocoder),
+    ):
+        model = ddpm.LatentDiffusion(**config, device="cpu", use_ema=False).eval()
+    random_weights(model.model)
+    for parameter in model.first_stage_model.vocoder.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def audiosr_batch(frames: int, bins: int = 256, hop: int = 480) -> dict[str, Any]:
+    """What its `make_batch_for_super_resolution` makes of a file: of noise in bursts, half its band."""
+    generator = torch.Generator().manual_seed(1)
+    loudness = 3 * torch.sin(torch.arange(frames) / 4)[:, None] - 6
+    mel = loudness + torch.randn(1, frames, bins, generator=generator)
+    wave = torch.randn(1, 1, frames * hop, generator=generator)
+    spectrum = torch.fft.rfft(wave)
+    spectrum[..., spectrum.shape[-1] // 2 :] = 0
+    return {
+        "waveform": wave,
+        "stft": torch.zeros(1, frames, 1024),
+        "log_mel_spec": mel,
+        "sampling_rate": 48000,
+        "waveform_lowpass": torch.fft.irfft(spectrum, wave.shape[-1]),
+        "lowpass_mel": torch.where(torch.arange(bins) < bins // 2, mel, -11.5),
+    }

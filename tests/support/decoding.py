@@ -25,18 +25,26 @@ def speecht5(**settings: Any) -> SpeechT5HifiGan:
 
 
 class NormVAE(nn.Module):
-    """A VAE of one group norm, whose mel frames are its latent's: 0.01 s. tokens: (batch, channels, frames * bins)."""
+    """A VAE of one group norm, whose mel frames, of 0.01 s, are `scale` to a latent frame.
 
-    def __init__(self, tokens: bool = False) -> None:
+    tokens: whether the norm's input is (batch, channels, frames * bins).
+    """
+
+    def __init__(self, tokens: bool = False, scale: int = 1) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.config = types.SimpleNamespace(block_out_channels=(1,))
+        self.config = types.SimpleNamespace(block_out_channels=(1,) * scale.bit_length())
         self.norm, self.tokens = nn.GroupNorm(2, 8, eps=1e-6), tokens
         nn.init.normal_(self.norm.weight)
         nn.init.normal_(self.norm.bias)
 
     def decode(self, z: Tensor) -> Tensor:
         return self.norm(z.flatten(2)).view_as(z) if self.tokens else self.norm(z)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The last frame of as many as are a latent frame."""
+        scale = 2 ** (len(self.config.block_out_channels) - 1)
+        return self.norm(x)[:, :, scale - 1 :: scale]
 
 
 class Holder:

@@ -14,21 +14,20 @@ from torch import Tensor, nn
 from litefocus import FocusSet, LiteFocusConfig, focus_set
 
 
-def allowed(focus: FocusSet) -> Tensor:
-    """(tokens, tokens) booleans: may query i see key j? Token by token, from the group where its output is read."""
-    mask = torch.zeros(focus.tokens, focus.tokens, dtype=torch.bool)
-    for token, place in enumerate(focus.inverse.tolist()):
-        mask[token, focus.keys[place // focus.queries.shape[1]]] = True
-    return mask
-
-
 def bias(focus: FocusSet) -> Tensor:
-    """(tokens, tokens) in float64: the log weight of key j for query i, -inf where i may not see j."""
+    """(tokens, tokens) in float64: the log weight of key j for query i, -inf where i may not see j.
+
+    The keys of a token are those of the group where its output is read.
+    """
     log_weights = torch.zeros(focus.keys_per_query) if focus.log_weights is None else focus.log_weights
+    keys = focus.keys[focus.inverse // focus.queries.shape[1]]
     added = torch.full((focus.tokens, focus.tokens), -torch.inf, dtype=torch.float64)
-    for token, place in enumerate(focus.inverse.tolist()):
-        added[token, focus.keys[place // focus.queries.shape[1]]] = log_weights.double()
-    return added
+    return added.scatter_(1, keys, log_weights.double().expand_as(keys))
+
+
+def allowed(focus: FocusSet) -> Tensor:
+    """(tokens, tokens) booleans: may query i see key j?"""
+    return bias(focus).isfinite()
 
 
 def biased_attention(query: Tensor, key: Tensor, value: Tensor, added: Tensor) -> Tensor:

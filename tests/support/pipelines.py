@@ -27,7 +27,7 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import Attention
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     ClapConfig,
     ClapFeatureExtractor,
@@ -45,7 +45,12 @@ from transformers import (
 )
 
 JOINT = 32  # width of CLAP's joint space, of T5 and of AudioLDM's class embedding
-BLOCKS = {
+UNET: dict[str, Any] = {
+    "in_channels": 8,
+    "out_channels": 8,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 2,
     "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 3,
     "up_block_types": ("CrossAttnUpBlock2D",) * 3 + ("UpBlock2D",),
 }
@@ -53,20 +58,14 @@ BLOCKS = {
 
 def audioldm_unet(channels: tuple[int, ...] = (8, 16, 24, 40), **overrides: Any) -> UNet2DConditionModel:
     """AudioLDM's and MusicLDM's UNet: the prompt comes as a class embedding, so every attention is self-attention."""
-    settings: dict[str, Any] = {
-        "in_channels": 8,
-        "out_channels": 8,
+    settings = {
         "block_out_channels": channels,
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "attention_head_dim": 2,
         "cross_attention_dim": channels,
         "class_embed_type": "simple_projection",
         "projection_class_embeddings_input_dim": JOINT,
         "class_embeddings_concat": True,
-        **BLOCKS,
     }
-    return UNet2DConditionModel(**{**settings, **overrides}).eval()
+    return UNet2DConditionModel(**{**UNET, **settings, **overrides}).eval()
 
 
 def minimal_unet(**overrides: Any) -> UNet2DConditionModel:
@@ -102,17 +101,8 @@ def audioldm2_unet(
     channels: tuple[int, ...] = (8, 16, 24, 40), slots: tuple[int | None, ...] = (None, 18, JOINT), **overrides: Any
 ) -> AudioLDM2UNet2DConditionModel:
     """AudioLDM 2's UNet. `slots` are the cross-attention widths of each layer's transformers, None: self-attention."""
-    settings: dict[str, Any] = {
-        "in_channels": 8,
-        "out_channels": 8,
-        "block_out_channels": channels,
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "attention_head_dim": 2,
-        "cross_attention_dim": (slots,) * 4,
-        **BLOCKS,
-    }
-    return AudioLDM2UNet2DConditionModel(**{**settings, **overrides}).eval()
+    settings = {"block_out_channels": channels, "cross_attention_dim": (slots,) * 4}
+    return AudioLDM2UNet2DConditionModel(**{**UNET, **settings, **overrides}).eval()
 
 
 PUBLISHED: dict[str, tuple[Any, dict[str, Any], int, int]] = {  # maker, settings, self-attention layers, all
@@ -263,6 +253,20 @@ def build(name: str) -> Any:
         pipe = BUILDERS[name]()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def unet_step(unet: nn.Module, frames: int = 50, grad: bool = False) -> Tensor:
+    """One call of the UNet of AudioLDM or AudioLDM 2, or of what was compiled of it, on input of its own dtype."""
+    inner = getattr(unet, "_orig_mod", unet)
+    like = next(inner.parameters())
+    generator = torch.Generator().manual_seed(frames)
+    draw = lambda *shape: torch.randn(shape, generator=generator).to(like)  # noqa: E731
+    conditions: dict[str, Any] = {"encoder_hidden_states": None, "class_labels": draw(2, JOINT)}
+    if "AudioLDM2" in type(inner).__name__:
+        conditions = {"encoder_hidden_states": draw(2, 4, 18), "encoder_hidden_states_1": draw(2, 6, JOINT)}
+    with torch.set_grad_enabled(grad):
+        output: Tensor = unet(draw(2, 8, frames, 16), torch.tensor(7, device=like.device), **conditions).sample
+    return output
 
 
 def generate(pipe: Any, seconds: float = 2.0, steps: int = 2, seed: int = 0) -> np.ndarray:

@@ -153,6 +153,15 @@ def assert_off(unet: Any, make: Make = small_unet) -> None:
     assert {row.state for row in status.layers} == {"dense"}
 
 
+def compiled(model: Any) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+def compiled_in_place(model: Any) -> Any:
+    model.compile(backend="eager")
+    return model
+
+
 class Distributed(nn.Module):
     """What DistributedDataParallel looks like."""
 
@@ -173,6 +182,12 @@ def leftovers(unet: nn.Module) -> list[str]:
     ours = [name for module in unet.modules() for name in vars(module) if "litefocus" in name]
     hooked = [repr(module) for module in unet.modules() if module._forward_hooks or module._forward_pre_hooks]
     return ours + hooked
+
+
+def same_processors(before: dict[str, Any], unet: Any) -> bool:
+    """Whether the processors are the objects that `unet.attn_processors` held before."""
+    after = unet.attn_processors
+    return before.keys() == after.keys() and all(after[name] is before[name] for name in before)
 
 
 def assert_same_gradients(unet: Any, expected: Any) -> None:

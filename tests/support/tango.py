@@ -46,8 +46,11 @@ class TangoVAE(nn.Module):
             num_mels=config.model_in_dim, upsample_rates=config.upsample_rates, sampling_rate=config.sampling_rate
         )
 
-    def decode_first_stage(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor) -> Tensor:
         return self.inner.decode(z).sample
+
+    def decode_first_stage(self, z: Tensor) -> Tensor:
+        return self.decode(z)
 
     def decode_to_waveform(self, mel: Tensor) -> np.ndarray:
         return self.vocoder(mel.squeeze(1)).numpy()
@@ -86,7 +89,9 @@ class AudioDiffusion(nn.Module):
         both = zip((nothing, batch.attention_mask == 1), (embeds, mask), strict=True)
         return tuple(torch.cat([x.repeat_interleave(num_samples_per_prompt, 0) for x in pair]) for pair in both)
 
-    def inference(self, prompt, inference_scheduler, num_steps, guidance_scale, num_samples_per_prompt=1) -> Tensor:
+    def inference(
+        self, prompt, inference_scheduler, num_steps, guidance_scale, num_samples_per_prompt=1, disable_progress=True
+    ) -> Tensor:
         guided = guidance_scale > 1
         if guided:
             embeds, mask = self.encode_text_classifier_free(prompt, num_samples_per_prompt)
@@ -121,6 +126,8 @@ class Tango:
         self.vae, self.model, self.scheduler = TangoVAE(), AudioDiffusion(unet), DDPMScheduler()
 
     @torch.no_grad()
-    def generate(self, prompt: str, steps: int = 1, guidance: float = 3, samples: int = 1) -> np.ndarray:
-        mel = self.vae.decode_first_stage(self.model.inference([prompt], self.scheduler, steps, guidance, samples))
-        return self.vae.decode_to_waveform(mel)[0]
+    def generate(
+        self, prompt: str, steps: int = 1, guidance: float = 3, samples: int = 1, disable_progress: bool = True
+    ) -> np.ndarray:
+        latents = self.model.inference([prompt], self.scheduler, steps, guidance, samples, disable_progress)
+        return self.vae.decode_to_waveform(self.vae.decode_first_stage(latents))[0]

@@ -6,7 +6,6 @@ or pulses (vinyl hiss). The recordings are those of manifest.csv, which Debian's
 """
 
 import csv
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -99,12 +98,6 @@ def prompts(sound: str, tempo: str) -> list[str]:
         for noun in CLASSES[sound].nouns
         for word in TEMPO_WORDS[tempo]
     ]
-
-
-def vocabulary() -> list[str]:
-    """All words of the grammar, sorted: the word-level vocabulary of the T5 tokenizer."""
-    words = {w for s in CLASSES for t in TEMPI for p in prompts(s, t) for w in re.findall(r"[a-z]+", p)}
-    return sorted(words | {"an", "and", "with", "music"})
 
 
 # ------------------------------------------------------------------------------------------- recordings

@@ -60,7 +60,7 @@ from data import ASIDES, CLASS_NAMES, GRID, STRANGERS, TEMPO_NAMES, Bank, balanc
 from diffusers import AudioLDM2Pipeline, AutoencoderKL
 from judge import Embedder, Judge
 from mel import CLIP_SECONDS, HOP, LOG_FLOOR, N_MELS, LogMel, log_mels
-from models import new_pipeline, new_scheduler, new_unet, new_vae, new_vocoder
+from models import new_pipeline, new_unet, new_vae, new_vocoder
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -359,8 +359,9 @@ def train_unet(args: argparse.Namespace) -> None:
     vae = AutoencoderKL.from_pretrained(work / "vae")
     latents, labels = latents_of(args, vae, args.scenes)
     unet = new_unet(args.widths)
-    conditions = Conditions.encode(new_pipeline(vae, new_vocoder(), unet))
-    kept = new_scheduler().alphas_cumprod
+    pipe = new_pipeline(vae, new_vocoder(), unet)
+    conditions = Conditions.encode(pipe)
+    kept = pipe.scheduler.alphas_cumprod
     rng = np.random.default_rng([int(time.time()), os.getpid()])
     torch.manual_seed(int(rng.integers(2**31)))
     unet.train()
@@ -396,18 +397,19 @@ def export(args: argparse.Namespace) -> None:
     vocoder.load_state_dict(averaged("vocoder"))
     unet.load_state_dict(averaged(args.name))
     folder = args.output
-    pipe = new_pipeline(vae, vocoder, unet).to(torch.float16)  # before the folder that its layout comes from is removed
+    pipe = new_pipeline(vae, vocoder, unet).to(torch.float16)  # before the folder that its parts come from is removed
     shutil.rmtree(folder, ignore_errors=True)
     pipe.save_pretrained(folder)
-    for file in folder.glob("*/config.json"):  # fp16 on disk, float32 in memory unless asked otherwise
+    index = folder / "model_index.json"
+    for file in (index, *folder.glob("*/config.json")):  # fp16 on disk, float32 in memory unless asked otherwise
         config = json.loads(file.read_text())
-        for key in ("dtype", "torch_dtype"):
-            config.pop(key, None)
-        config.pop("_name_or_path", None)
+        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+            for key in ("dtype", "torch_dtype", "_name_or_path"):
+                part.pop(key, None)
         if "architectures" in config:  # a transformers model; both names, for transformers 4 and 5
             config |= {"dtype": "float32", "torch_dtype": "float32"}
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    index = folder / "model_index.json"  # transformers 5 has one class per tokenizer; 4 needs the fast one's name
+    # transformers 5 has one class per tokenizer; 4 needs the fast one's name
     for name in ("RobertaTokenizer", "T5Tokenizer"):
         index.write_text(index.read_text().replace(f'"{name}"', f'"{name}Fast"'))
     for file in folder.glob("tokenizer*/tokenizer_config.json"):
