@@ -45,6 +45,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 WAYS: dict[str, dict[str, Any] | None] = {  # fields of LiteFocusConfig, None for dense attention
     "dense": None,
     "default": {},
+    "window of 512": {"time_window": 512},
     "no far sample": {"far_sampled": 0},
     "native window": {"time_window": 128},
     "native window, no far sample": {"time_window": 128, "far_sampled": 0},
@@ -151,7 +152,7 @@ def run(args: argparse.Namespace) -> Iterator[Row]:
         for seconds in args.seconds
         for parts in args.parts
         for sounds in cases(parts)[: args.cases]
-        for way in (args.ways if parts > 1 else [way for way in args.ways if way == "default"])
+        for way in (args.ways if parts > 1 else [way for way in args.ways if way != "dense"])
     ]
     open_ = [plan for plan in planned if (name(plan[0]), *plan[1:], args.steps) not in done]
     for sounds, *others in tqdm(open_, mininterval=10):
@@ -211,7 +212,7 @@ def page(rows: list[Row], file: str) -> str:
     wrong: dict[str, int] = {}
     for row in rows:
         for wanted, heard in zip(row["wanted"], row["heard"], strict=True):
-            if wanted not in (None, heard) and row["way"] == "default":
+            if wanted not in (None, heard) and row["way"] != "dense":
                 told = f"{CLASS_NAMES[wanted]} as {CLASS_NAMES[heard]}, {'alone' if row['parts'] == 1 else 'in parts'}"
                 wrong[told] = wrong.get(told, 0) + 1
     mistakes = "; ".join(f"{told}: {wrong[told]}" for told in sorted(wrong, key=lambda told: -wrong[told]))
@@ -222,11 +223,11 @@ def page(rows: list[Row], file: str) -> str:
             "",
             f"Written by `python examples/evidence/prompts.py --output examples/evidence/{file}`; the figures are",
             f"those of `{file}.json`. How they are measured is in the docstring of `prompts.py`. Clips of one part are",
-            "plain ones, the ceiling; `default` is that of 2026-11-27 (`quality.md`), not of today. "
+            "plain ones, the ceiling. "
             f"Steps: {', '.join(map(str, sorted(steps)))}; seeds: {', '.join(map(str, sorted(seeds)))}.",
             "",
             table(header, lines),
-            f"Windows that the judge takes for another class, default attention: {mistakes or 'none'}.",
+            f"Windows that the judge takes for another class, patched: {mistakes or 'none'}.",
             "",
             *(f"{source}.\n" for source in dict.fromkeys(row["measured"] for row in rows)),
         ]
