@@ -101,7 +101,7 @@ def test_inductor_with_time_windows(device: torch.device) -> None:
     expected = unet_step(unet, 160)
     torch.testing.assert_close(unet_step(torch.compile(unet, fullgraph=True), 160), expected, rtol=1e-4, atol=1e-5)
     (cached,) = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1._litefocus.grid._built.values()
-    assert cached.sets[0].keys.shape == (16 * 3, 72 + 15 * 7 + 16 * 3)
+    assert cached.focus.keys.shape == (16 * 3, 72 + 15 * 7 + 16 * 3)
 
 
 def test_inductor_with_dynamic_lengths() -> None:
