@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from litefocus._registry import Handle, Setting, current
+from litefocus._registry import Handle, Setting, Wrapper, current
 from litefocus._target import LatentGeometry, latent_geometry, vae_and_vocoder, vaes, waveform_makers
 
 VAE_METHODS = ("decode", "encode")
@@ -182,6 +182,9 @@ class Tiles(Setting):
     geometry: LatentGeometry
     methods: tuple[str, ...]
 
+    def __str__(self) -> str:
+        return f"tiles of {self.seconds:g} s + {self.overlap:g} s on either side"
+
     def install(self, module: Any) -> None:
         """Wrap the methods, around whatever wraps them already. Only the wrapper in `_litefocus_tiled` tiles."""
         ours = vars(module).setdefault("_litefocus_tiled", {})
@@ -193,11 +196,8 @@ class Tiles(Setting):
 
     def uninstall(self, module: Any) -> None:
         """Unwrap the methods. A wrapper that something else has wrapped since stays, and decodes whole."""
-        for method, ours in vars(module).pop("_litefocus_tiled").items():
-            if vars(module).get(method) is ours:
-                del vars(module)[method]
-                if ours.original is not None:
-                    vars(module)[method] = ours.original
+        for ours in vars(module).pop("_litefocus_tiled").values():
+            ours.remove_from(module)
 
     def frames(self, method: str, x: Tensor) -> tuple[int, int]:
         """Frames of an input, and of a tile at most: of the latent for a VAE, of the mel spectrogram for a vocoder."""
@@ -293,36 +293,19 @@ class TiledDecoding(Handle):
 
     _name = "tile_decoding"
 
-    def __init__(self, owner: str, tiles: Tiles, *modules: Any) -> None:
-        super().__init__(tiles, *modules)
-        self._owner = owner
 
-    def __repr__(self) -> str:
-        tiles: Any = self._setting
-        counts = any(current(module, "tiles") is tiles for module in self._alive())
-        return (
-            f"<{type(self).__name__} of {self._owner}: tiles of {tiles.seconds:g} s + {tiles.overlap:g} s "
-            f"on either side, {'in force' if counts else 'not in force'}>"
-        )
-
-
-class _Tiled:
-    """Wraps a method of a module, in whose `__dict__` it is kept, and calls that method tile by tile.
-
-    Without tiles in force, or where a newer wrapper has replaced this one, it calls the method once.
-    """
+class _Tiled(Wrapper):
+    """Calls a method tile by tile; once without tiles in force, or where a newer wrapper has replaced this one."""
 
     def __init__(self, module: Any, method: str) -> None:
-        self.module, self.method = module, method
-        self.original = vars(module).get(method)  # None: the method of the class
+        super().__init__(module, method)
         parameters = inspect.signature(getattr(module, method)).parameters
         self.argument = next(iter(parameters))
         self.saves_files = "save" in parameters  # audioldm2's mel_spectrogram_to_waveform, at every call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the method returns, of the same type and on the same device. Time is the last axis but one."""
-        module = self.module
-        call = functools.partial(getattr(type(module), self.method), module) if self.original is None else self.original
+        module, call = self.owner, self.call
         tiles: Tiles | None = current(module, "tiles")
         x = args[0] if args else kwargs.get(self.argument)
         if tiles is None or x is None or vars(module).get("_litefocus_tiled", {}).get(self.method) is not self:

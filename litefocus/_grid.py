@@ -106,12 +106,12 @@ class Grid:
             focus_set(*size[:2], self.local_config, layer=self.name, freq_axis=self.freq_axis, sample=sample)
             for sample in (range(self.num_samples) if which is None else [which])
         ]
-        first = first or sets[0].to(device)
-        focus = replace(first, keys=sets[0].keys.to(device))
+        keys = torch.stack([each.keys for each in sets]).to(device)
+        focus = replace(first or sets[0].to(device), keys=keys[0])
         for constant in (focus.queries, focus.keys, focus.inverse, focus.log_weights):
             if constant is not None:
                 mark_static(constant)
-        return _Built(focus, torch.stack([each.keys for each in sets]).to(device) if which is None else None)
+        return _Built(focus, keys)
 
     def _keep(self, key: tuple[int, int, torch.device, int | None], built: _Built) -> None:
         """Keep the newest, and of the others what fits into KEPT_BYTES, and what CUDA graphs read."""
@@ -125,23 +125,22 @@ class Grid:
 
 @dataclass
 class _Built:
-    """A focus set; where the sample is chosen on a GPU, with the keys of all (samples, groups, keys_per_query).
+    """A focus set, and the keys of its samples (samples, groups, keys_per_query): all where a GPU chooses, else one.
 
     captured: by a CUDA graph, which reads their memory as long as it lives.
     """
 
     focus: FocusSet
-    keys: Tensor | None = None
+    keys: Tensor
     captured: bool = False
 
     @property
     def nbytes(self) -> int:
         """Of the keys, which are nearly all."""
-        return (self.focus.keys if self.keys is None else self.keys).nbytes
+        return self.keys.nbytes
 
     def choose(self, sample: Any) -> FocusSet:
         """The set of a sample that is a scalar tensor."""
-        assert self.keys is not None
         index = sample.to(self.keys.device).view(1) % len(self.keys)
         return replace(self.focus, keys=self.keys.index_select(0, index)[0])
 

@@ -216,9 +216,9 @@ class Patch(Handle):
     _name = "patch"
 
     def __init__(self, target: Target, setting: PatchSetting) -> None:
-        super().__init__(setting, target.unet)
+        super().__init__(target.owner, setting, target.unet)
         self.config = setting.config
-        self._owner, self._geometry = target.owner, target.geometry
+        self._geometry = target.geometry
 
     def _status(self) -> Status | None:
         unet = self._modules[0]()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from litefocus._compile import not_compiled
 from litefocus._grid import halved
 from litefocus._layers import blocks, named_modules, self_attention_layers, unwrapped
-from litefocus._registry import Handle, Setting, current, settings_on
+from litefocus._registry import Handle, Setting, Wrapper, current, settings_on
 from litefocus._target import LatentGeometry, latent_geometry, resolve, tango_model
 
 Prompt = str | Sequence[str]
@@ -180,10 +180,8 @@ class Schedule(Setting):
         if "_litefocus_scope" in vars(module):
             vars(module).pop("_litefocus_scope").hook.remove()
         for part in module.modules() if isinstance(module, nn.Module) else (module,):
-            for method in [name for name, value in vars(part).items() if isinstance(value, _Wrapper)]:
-                original = vars(part).pop(method).original
-                if original is not None:
-                    vars(part)[method] = original
+            for ours in [value for value in vars(part).values() if isinstance(value, _Wrapper)]:
+                ours.remove_from(part)
 
     def check_length(self, seconds: float) -> None:
         """Raise ValueError where a prompt begins after the end of a clip."""
@@ -214,15 +212,6 @@ class PromptSchedule(Handle):
     """
 
     _name = "schedule_prompts"
-
-    def __init__(self, owner: str, schedule: Schedule, *modules: Any) -> None:
-        super().__init__(schedule, *modules)
-        self._owner = owner
-
-    def __repr__(self) -> str:
-        counts = any(current(module, "prompts") is self._setting for module in self._alive())
-        state = "in force" if counts else "not in force"
-        return f"<{type(self).__name__} of {self._owner}: {self._setting}, {state}>"
 
 
 class _Scope:
@@ -280,18 +269,8 @@ def _wrap(owner: Any, method: str, wrapper: Callable[[Any, str], _Wrapper]) -> N
         vars(owner)[method] = wrapper(owner, method)
 
 
-class _Wrapper:
-    """Stands for a method of one object, which keeps it."""
-
-    def __init__(self, owner: Any, method: str) -> None:
-        self.owner, self.method = owner, method
-        self.original = vars(owner).get(method)  # None: the method of the class
-
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        """What the method returns."""
-        if self.original is not None:
-            return self.original(*args, **kwargs)
-        return getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)
+class _Wrapper(Wrapper):
+    """Does something else while prompts are scheduled."""
 
     @property
     def schedule(self) -> Schedule | None:

@@ -81,18 +81,47 @@ def _keep(module: Any, kind: str, kept: list[Any]) -> None:
         last.uninstall(module)
 
 
+class Wrapper:
+    """Stands for a method of one object, in whose `__dict__` it is kept."""
+
+    def __init__(self, owner: Any, method: str) -> None:
+        self.owner, self.method = owner, method
+        self.original = vars(owner).get(method)  # None: the method of the class
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """What the method returns."""
+        if self.original is not None:
+            return self.original(*args, **kwargs)
+        return getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)
+
+    def remove_from(self, owner: Any) -> None:
+        """Put back the method of `owner`, or of its copy. A wrapper that something else has wrapped since stays."""
+        if vars(owner).get(self.method) is self:
+            del vars(owner)[self.method]
+            if self.original is not None:
+                vars(owner)[self.method] = self.original
+
+
 class Handle:
-    """Of a setting on one or more modules, in the manner of `torch.utils.hooks.RemovableHandle`. Keeps none alive."""
+    """Of a setting on one or more modules, in the manner of `torch.utils.hooks.RemovableHandle`. Keeps none alive.
+
+    owner: class name of what the setting was made for. Its repr shows the setting, and whether it is in force.
+    """
 
     _name: ClassVar[str]  # of the function that made it
 
-    def __init__(self, setting: Setting, *modules: Any) -> None:
-        self._setting = setting
+    def __init__(self, owner: str, setting: Setting, *modules: Any) -> None:
+        self._owner, self._setting = owner, setting
         self._modules = tuple(weakref.ref(module) for module in modules)
         with _lock:
             for module in modules:
                 put(module, setting)
             _handles.add(self)
+
+    def __repr__(self) -> str:
+        counts = any(current(module, self._setting.kind) is self._setting for module in self._alive())
+        state = "in force" if counts else "not in force"
+        return f"<{type(self).__name__} of {self._owner}: {self._setting}, {state}>"
 
     def _alive(self) -> list[Any]:
         return [module for module in (reference() for reference in self._modules) if module is not None]

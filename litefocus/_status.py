@@ -102,7 +102,10 @@ class Status(Table):
             )
         if self.config.time_window is not None and self.frames > self.config.time_window:
             if not self.config.far_sampled:
-                return "advice: with far_sampled=0 a query attends to nothing outside of its time window; leave it at 8"
+                return (
+                    "advice: with far_sampled=0 a query attends to nothing outside of its time window; leave it at "
+                    f"{LiteFocusConfig().far_sampled}"
+                )
             if not self.config.reweight:
                 return "advice: without reweight, sampled keys weigh too little; leave it on"
         if self.tiles is None and (self.decoding_bytes or 0) > MUCH_MEMORY:

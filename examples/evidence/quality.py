@@ -102,6 +102,7 @@ with interruptible():
 
     import litefocus
     from litefocus import LiteFocusConfig
+    from litefocus._probe import NATIVE_FRAMES
 
 Array = npt.NDArray[np.float64]
 CLIP_FRAMES = 512  # mel frames of a window
@@ -129,9 +130,9 @@ class Method:
         return running(pipe, self.how, NATIVE, self.samples)
 
 
-PUBLISHED = 256  # latent frames of the native length of published models
 # The default in proportion: the trained models' native length is shorter than that of published ones.
-DEFAULT = dataclasses.replace(LiteFocusConfig(), time_window=(LiteFocusConfig().time_window or 0) * NATIVE // PUBLISHED)
+PUBLISHED = LiteFocusConfig()
+DEFAULT = dataclasses.replace(PUBLISHED, time_window=(PUBLISHED.time_window or 0) * NATIVE // NATIVE_FRAMES)
 WAYS: dict[str, Method] = {
     "dense": Method(),
     "litefocus": Method(DEFAULT),
