@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from litefocus._registry import Handle, Setting, Wrapper, current
+from litefocus._registry import Handle, Setting, Wrapper, all_wrapped, current, unwrap, wrap
 from litefocus._target import LatentGeometry, latent_geometry, vae_and_vocoder, vaes, waveform_makers
 
 VAE_METHODS = ("decode", "encode")
@@ -107,8 +107,7 @@ def tiles_of(pipe: Any) -> Tiles | None:
     tiles = [current(owner, "tiles") for owner in owners]
     if None in tiles:
         return None
-    # somebody may have deleted what stands for a method
-    return tiles[0] if all(vars(owner)["_litefocus_tiled"].keys() <= vars(owner).keys() for owner in owners) else None
+    return tiles[0] if all(map(all_wrapped, owners)) else None
 
 
 def decoding_bytes(pipe: Any, seconds: float, tiles: tuple[float, float] | None = None) -> int | None:
@@ -186,18 +185,14 @@ class Tiles(Setting):
         return f"tiles of {self.seconds:g} s + {self.overlap:g} s on either side"
 
     def install(self, module: Any) -> None:
-        """Wrap the methods, around whatever wraps them already. Only the wrapper in `_litefocus_tiled` tiles."""
-        ours = vars(module).setdefault("_litefocus_tiled", {})
+        """Wrap the methods that this module has."""
         for method in self.methods:
             if callable(getattr(module, method, None)):
-                here = vars(module).get(method)
-                ours[method] = here if isinstance(here, _Tiled) else _Tiled(module, method)
-                vars(module)[method] = ours[method]
+                wrap(module, method, _Tiled)
 
     def uninstall(self, module: Any) -> None:
-        """Unwrap the methods. A wrapper that something else has wrapped since stays, and decodes whole."""
-        for ours in vars(module).pop("_litefocus_tiled").values():
-            ours.remove_from(module)
+        """Unwrap them. Where a wrapper has to stay, it decodes whole."""
+        unwrap(module)
 
     def frames(self, method: str, x: Tensor) -> tuple[int, int]:
         """Frames of an input, and of a tile at most: of the latent for a VAE, of the mel spectrogram for a vocoder."""
@@ -308,7 +303,7 @@ class _Tiled(Wrapper):
         module, call = self.owner, self.call
         tiles: Tiles | None = current(module, "tiles")
         x = args[0] if args else kwargs.get(self.argument)
-        if tiles is None or x is None or vars(module).get("_litefocus_tiled", {}).get(self.method) is not self:
+        if tiles is None or x is None or not self.acts:
             return call(*args, **kwargs)
         of_vae = self.method in VAE_METHODS
         # a graph would keep every tile in memory, and tiles take the moments of group norms as constants

@@ -26,13 +26,16 @@ from torch import Tensor, nn
 from litefocus._compile import not_compiled
 from litefocus._grid import halved
 from litefocus._layers import blocks, named_modules, self_attention_layers, unwrapped
-from litefocus._registry import Handle, Setting, Wrapper, current, settings_on
+from litefocus._registry import Handle, Setting, Wrapper, all_wrapped, current, settings_on, unwrap, wrap
+from litefocus._tango import drawn_frames
 from litefocus._target import LatentGeometry, latent_geometry, resolve, tango_model
 
 Prompt = str | Sequence[str]
 
 # Methods that encode a call's prompt, its first argument: of AudioLDM 2, and of Tango with and without guidance.
 ENCODERS = ("encode_prompt", "encode_text_classifier_free", "encode_text")
+# Methods that a call begins with, of AudioLDM 2 and of Tango.
+BEGINNINGS = ("check_inputs", "inference")
 
 
 def schedule_prompts(
@@ -66,6 +69,7 @@ def schedule_prompts(
         ValueError: for times that are not finite, not above 0, or twice there, without any, for a `fade` that is
             negative or longer than a part. At the call, before its first step: for a time beyond the clip, for a list
             of another length than the batch, and for `prompt_embeds` instead of a prompt.
+        RuntimeError: at the call, if the method that encodes the prompt was replaced after this.
 
     >>> import litefocus
     >>> from diffusers import AudioLDM2Pipeline
@@ -96,8 +100,9 @@ def owner_of_prompt(pipe: Any) -> Any:
 
 def schedule_of(pipe: Any) -> str | None:
     """What is scheduled on a pipeline, in words; None where nothing is."""
-    schedule = _schedule_on(owner_of_prompt(pipe))
-    return None if schedule is None else str(schedule)
+    owner = owner_of_prompt(pipe)
+    schedule = _schedule_on(owner)
+    return None if schedule is None or not all_wrapped(owner) else str(schedule)
 
 
 def _schedule_on(owner: Any) -> Schedule | None:
@@ -164,24 +169,25 @@ class Schedule(Setting):
         return f"{', '.join(parts)}, each fading in over {self.fade:g} s"
 
     def install(self, module: Any) -> None:
-        """Wrap the layers of a UNet, and the methods of what encodes its prompt, around whatever wraps them already."""
+        """Wrap the layers of a UNet, or the methods of what encodes its prompt."""
         if hasattr(module, "down_blocks"):
             scope = vars(module).get("_litefocus_scope") or _Scope(module)
             vars(module)["_litefocus_scope"] = scope
             for part, level in _layers_of_prompts(module):
                 kind = _Norm if isinstance(part, nn.GroupNorm) else _Attention
-                _wrap(part, "forward", functools.partial(kind, scope, level))
-        for method in ("check_inputs", *ENCODERS):
+                wrap(part, "forward", functools.partial(kind, scope, level))
+            return
+        for method in (*BEGINNINGS, *ENCODERS):
             if callable(getattr(module, method, None)):
-                _wrap(module, method, _Length if method == "check_inputs" else _Encoder)
+                wrap(module, method, _Beginning if method in BEGINNINGS else _Encoder)
 
     def uninstall(self, module: Any) -> None:
-        """Unwrap them. A wrapper that something else has wrapped since stays, and does nothing."""
-        if "_litefocus_scope" in vars(module):
-            vars(module).pop("_litefocus_scope").hook.remove()
-        for part in module.modules() if isinstance(module, nn.Module) else (module,):
-            for ours in [value for value in vars(part).values() if isinstance(value, _Wrapper)]:
-                ours.remove_from(part)
+        """Unwrap them."""
+        scope = vars(module).pop("_litefocus_scope", None)
+        if scope is not None:
+            scope.hook.remove()
+        for part in module.modules() if scope is not None else (module,):
+            unwrap(part)
 
     def check_length(self, seconds: float) -> None:
         """Raise ValueError where a prompt begins after the end of a clip."""
@@ -222,20 +228,30 @@ class _Scope:
 
     @not_compiled
     def _begin(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A call without the contexts of the schedule is another's, and ends it."""
+        """A call without the contexts of the schedule is another's, and ends it. RuntimeError where it is not."""
         encoding = _thread.encodings.get(self)
-        if encoding is not None and not encoding.shapes <= {_shape(x) for x in (*args, *kwargs.values())}:
-            del _thread.encodings[self]
+        if encoding is None:
+            return
+        if encoding.shapes and encoding.shapes <= {_shape(x) for x in (*args, *kwargs.values())}:
+            encoding.awaited = False
+            return
+        del _thread.encodings[self]
+        if encoding.awaited:
+            raise RuntimeError(
+                "prompts are scheduled, and do not come with this call: a method that encodes its prompt "
+                f"({', '.join(ENCODERS)}) was replaced, or what it returns was changed; schedule them again, after that"
+            )
 
 
 class _Encoding:
     """What a call's prompts were encoded to, in its thread.
 
-    shapes: (tokens, width) of the contexts that layers of the call are given.
+    shapes: (tokens, width) of the contexts that layers of the call are given; none yet when it begins. awaited: by a
+    call of the pipeline that has not come to its UNet.
     """
 
-    def __init__(self, schedule: Schedule, joined: Iterable[Tensor]) -> None:
-        self.schedule = schedule
+    def __init__(self, schedule: Schedule, joined: Iterable[Tensor], awaited: bool) -> None:
+        self.schedule, self.awaited = schedule, awaited
         self.shapes = {tuple(x.shape[1:]) for x in joined}
         self._spans: dict[tuple[int, int], list[tuple[int, int, Tensor]]] = {}
 
@@ -264,29 +280,35 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def _wrap(owner: Any, method: str, wrapper: Callable[[Any, str], _Wrapper]) -> None:
-    if not isinstance(vars(owner).get(method), _Wrapper):
-        vars(owner)[method] = wrapper(owner, method)
-
-
 class _Wrapper(Wrapper):
     """Does something else while prompts are scheduled."""
 
     @property
     def schedule(self) -> Schedule | None:
-        """That counts, where this wrapper is in its place."""
-        return _schedule_on(self.owner) if vars(self.owner).get(self.method) is self else None
+        """That counts."""
+        return _schedule_on(self.owner) if self.acts else None
+
+    @property
+    def scope(self) -> _Scope:
+        """Of the UNet that belongs to what encodes the prompt."""
+        scope: _Scope = vars(resolve(self.owner).unet)["_litefocus_scope"]
+        return scope
 
 
-class _Length(_Wrapper):
-    """Around `check_inputs` of AudioLDM 2, which is told the length of the clip before anything is done."""
+class _Beginning(_Wrapper):
+    """Around a method that a call begins with: is told, or knows, the length of the clip before anything is done."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        checked, schedule = self.call(*args, **kwargs), self.schedule
+        schedule = self.schedule
         if schedule is not None:
             given = inspect.signature(getattr(type(self.owner), self.method)).bind(self.owner, *args, **kwargs)
-            schedule.check_length(given.arguments["audio_length_in_s"])
-        return checked
+            seconds = given.arguments.get("audio_length_in_s")
+            if seconds is None and (frames := drawn_frames(self.owner)) is not None:
+                seconds = frames * schedule.geometry.latent_frame
+            if seconds is not None:
+                schedule.check_length(seconds)
+            _thread.encodings[self.scope] = _Encoding(schedule, (), awaited=True)
+        return self.call(*args, **kwargs)
 
 
 class _Encoder(_Wrapper):
@@ -294,14 +316,17 @@ class _Encoder(_Wrapper):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         schedule = None if _thread.encodes else self.schedule  # one of these methods may call another
-        if schedule is None:
-            return self.call(*args, **kwargs)
+        outer = vars(self.owner).get("encode_text_classifier_free")
+        if schedule is None or (self.method == "encode_text" and not isinstance(outer, _Encoder)):
+            return self.call(*args, **kwargs)  # what has replaced the outer one would take the joined for one prompt
         own = args[0] if args else kwargs.pop("prompt", None)
         if own is None:
             raise ValueError(
                 "prompts are scheduled, and this call brings prompt_embeds instead of a prompt; pass the prompt, which "
                 "is encoded together with the scheduled ones"
             )
+        scope = self.scope
+        awaited = scope in _thread.encodings and _thread.encodings.pop(scope).awaited
         _thread.encodes = True
         try:
             prompts = [own, *map(_like(own), schedule.prompts)]
@@ -309,8 +334,7 @@ class _Encoder(_Wrapper):
         finally:
             _thread.encodes = False
         joined = tuple(_joined(tensors) for tensors in zip(*encoded, strict=True))
-        scope = vars(resolve(self.owner).unet)["_litefocus_scope"]
-        _thread.encodings[scope] = _Encoding(schedule, (x for x in joined if x.ndim == 3))
+        _thread.encodings[scope] = _Encoding(schedule, (x for x in joined if x.ndim == 3), awaited)
         return joined
 
 
@@ -341,12 +365,17 @@ def _shape(x: Any) -> tuple[int, ...]:
     return tuple(x.shape[1:]) if isinstance(x, Tensor) else ()
 
 
-class _Layer(_Wrapper):
+class _Layer(Wrapper):
     """Around `forward` of a layer on a grid of frames, which runs once for every prompt."""
 
     def __init__(self, scope: _Scope, level: int, owner: Any, method: str) -> None:
         super().__init__(owner, method)
         self.scope, self.level = scope, level
+
+    @property
+    def encoding(self) -> _Encoding | None:
+        """Of the call that runs."""
+        return _thread.encodings.get(self.scope) if self.acts else None
 
     def blended(
         self, encoding: _Encoding, x: Tensor, dim: int, bins: int, run: Callable[[int, Tensor], Tensor]
@@ -376,7 +405,7 @@ class _Norm(_Layer):
 
     @not_compiled
     def __call__(self, x: Tensor) -> Any:
-        encoding = _thread.encodings.get(self.scope)
+        encoding = self.encoding
         if encoding is None or x.ndim != 4:
             return self.call(x)
         return self.blended(encoding, x, 2, 1, lambda _, part: self.call(part))
@@ -394,7 +423,7 @@ class _Attention(_Layer):
         **others: Any,
     ) -> Any:
         """hidden_states: (batch, frames * bins, channels). attention_mask: of the context, (batch, 1, tokens)."""
-        encoding = _thread.encodings.get(self.scope)
+        encoding = self.encoding
         if encoding is None or encoder_hidden_states is None or _shape(encoder_hidden_states) not in encoding.shapes:
             return self.call(hidden_states, encoder_hidden_states, attention_mask, **others)
         bins = halved(encoding.schedule.geometry.freq_bins, self.level)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, ClassVar, TypeVar
 
@@ -82,11 +83,16 @@ def _keep(module: Any, kind: str, kept: list[Any]) -> None:
 
 
 class Wrapper:
-    """Stands for a method of one object, in whose `__dict__` it is kept."""
+    """Stands for a method of one object, in whose `__dict__` it is kept. `wrap` notes it in `_litefocus_wrappers`."""
 
     def __init__(self, owner: Any, method: str) -> None:
         self.owner, self.method = owner, method
         self.original = vars(owner).get(method)  # None: the method of the class
+
+    @property
+    def acts(self) -> bool:
+        """Whether this one counts, also where something else has wrapped it: not after `unwrap`, nor under a newer."""
+        return vars(self.owner).get("_litefocus_wrappers", {}).get(self.method) is self
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """What the method returns."""
@@ -94,12 +100,27 @@ class Wrapper:
             return self.original(*args, **kwargs)
         return getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)
 
-    def remove_from(self, owner: Any) -> None:
-        """Put back the method of `owner`, or of its copy. A wrapper that something else has wrapped since stays."""
-        if vars(owner).get(self.method) is self:
-            del vars(owner)[self.method]
-            if self.original is not None:
-                vars(owner)[self.method] = self.original
+
+def wrap(owner: Any, method: str, kind: Callable[[Any, str], Wrapper]) -> None:
+    """Wrap a method, around whatever wraps it already; a wrapper that is in its place acts again."""
+    here = vars(owner).get(method)
+    wrapper = here if isinstance(here, Wrapper) else kind(owner, method)
+    vars(owner)["_litefocus_wrappers"] = {**vars(owner).get("_litefocus_wrappers", {}), method: wrapper}
+    vars(owner)[method] = wrapper
+
+
+def unwrap(owner: Any) -> None:
+    """Put every method back. A wrapper that something else has wrapped since stays, and only calls the method."""
+    for method, wrapper in vars(owner).pop("_litefocus_wrappers", {}).items():
+        if vars(owner).get(method) is wrapper:
+            del vars(owner)[method]
+            if wrapper.original is not None:
+                vars(owner)[method] = wrapper.original
+
+
+def all_wrapped(owner: Any) -> bool:
+    """Whether nothing has deleted a wrapper since."""
+    return all(method in vars(owner) for method in vars(owner).get("_litefocus_wrappers", {}))
 
 
 class Handle:

@@ -14,6 +14,8 @@ from torch import Tensor
 from litefocus._registry import Setting, clear, put
 from litefocus._target import LatentGeometry, latent_geometry, tango_model
 
+PUBLISHED_FRAMES = 256
+
 
 class Duration(Setting):
     """Stands for `prepare_latents` on one model: the same draw, of `num_frames` frames."""
@@ -52,6 +54,12 @@ class Duration(Setting):
             del module.prepare_latents
             if self.original is not None:
                 module.prepare_latents = self.original
+
+
+def drawn_frames(model: Any) -> int | None:
+    """Latent frames of the clips of a Tango model; None if its way to draw them is neither the original nor ours."""
+    draws = vars(model).get("prepare_latents")
+    return PUBLISHED_FRAMES if draws is None else getattr(draws, "num_frames", None)
 
 
 def set_duration(tango: Any, seconds: float | None) -> None:

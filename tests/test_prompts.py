@@ -392,6 +392,100 @@ def test_copies_go_on_and_are_their_own(pipe: Any) -> None:
     assert not [name for module in unet.modules() for name in vars(module) if name == "forward"]
 
 
+# --- others wrap or replace what is wrapped
+
+
+def wrap_encoder(pipe: Any) -> Any:
+    """As a cache of encodings does."""
+    return record(pipe, "encode_prompt")
+
+
+def wrap_check(pipe: Any) -> Any:
+    return record(pipe, "check_inputs")
+
+
+def wrap_layers(pipe: Any) -> Any:
+    """As accelerate's hooks do."""
+    return [record(layer, "forward") for layer, _ in _layers_of_prompts(pipe.unet)][-1]
+
+
+@pytest.mark.parametrize("wrap", [wrap_encoder, wrap_check, wrap_layers])
+def test_a_wrapper_that_comes_later_leaves_the_schedule_in_force(wrap: Any, pipe: Any) -> None:
+    plain = clip(pipe)
+    handle = schedule(pipe)
+    changed = clip(pipe)
+    recorder = wrap(pipe)
+    assert torch.equal(clip(pipe), changed)
+    assert recorder.calls
+    assert schedule_of(pipe) is not None
+    handle.remove()
+    assert torch.equal(clip(pipe), plain)
+    schedule(pipe)  # around the wrapper, inside of which the first one stays
+    assert torch.equal(clip(pipe), changed)
+    assert torch.equal(clip(copy.deepcopy(pipe)), changed)
+    litefocus.unpatch(pipe)
+    assert torch.equal(clip(pipe), plain)
+
+
+def replace_encoder(owner: Any, method: str) -> None:
+    setattr(owner, method, types.MethodType(getattr(type(owner), method), owner))
+
+
+def delete_encoder(owner: Any, method: str) -> None:
+    delattr(owner, method)
+
+
+def change_encoding(owner: Any, method: str) -> None:
+    before = getattr(owner, method)
+    setattr(owner, method, lambda *args, **kwargs: [x[:, :-1] for x in before(*args, **kwargs)])
+
+
+@pytest.mark.parametrize("change", [replace_encoder, delete_encoder, change_encoding])
+@pytest.mark.parametrize("model", ["pipe", "tango"])
+def test_a_call_that_would_ignore_the_schedule_is_an_error(change: Any, model: str, request: Any) -> None:
+    pipe = request.getfixturevalue(model)
+    owner, method, run = {
+        "pipe": (pipe, "encode_prompt", clip),
+        "tango": (getattr(pipe, "model", None), "encode_text_classifier_free", clips_of_tango),
+    }[model]
+    schedule(pipe)
+    changed = run(pipe)
+    change(owner, method)
+    with pytest.raises(RuntimeError, match="prompts are scheduled, and do not come with this call: a method that"):
+        run(pipe)
+    if change is delete_encoder:
+        assert schedule_of(pipe) is None
+    if change is not change_encoding:
+        schedule(pipe)
+        assert (run(pipe) == changed).all()
+
+
+def test_a_call_that_failed_disturbs_no_other(pipe: Any) -> None:
+    """Two pipelines, whose UNet is one; the other is not scheduled."""
+    other = AudioLDM2Pipeline(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    plain = clip(other)
+    litefocus.schedule_prompts(pipe, {1.0: ["rain", "wind"]})
+    with pytest.raises(ValueError, match="2 prompts are scheduled at once"):
+        clip(pipe)
+    assert torch.equal(clip(other), plain)
+
+
+def test_two_tangos_on_one_unet(tango: Tango) -> None:
+    other = copy.copy(tango)
+    other.model = copy.copy(tango.model)
+    other.model._modules = dict(tango.model._modules)
+    schedule(other)
+    changed = clips_of_tango(other)
+    first = schedule(tango)
+    litefocus.tile_decoding(tango, seconds=2.0, overlap=0.1)
+    first.remove()
+    assert litefocus.status(tango).tiles is not None
+    litefocus.unpatch(tango.vae)
+    assert schedule_of(tango) is None
+    assert (clips_of_tango(other) == changed).all()
+
+
 def test_another_pipeline_on_the_same_unet_is_not_scheduled(pipe: Any) -> None:
     other = AudioLDM2Pipeline(**pipe.components)
     other.set_progress_bar_config(disable=True)
@@ -578,10 +672,19 @@ def test_a_time_beyond_the_clip_is_told_before_anything_is_encoded(pipe: Any, en
 
 
 def test_a_time_beyond_the_clip_of_tango(tango: Tango) -> None:
-    litefocus.schedule_prompts(tango, {3: "rain"})
-    with pytest.raises(ValueError, match=r"a prompt is scheduled at 3 s, and the clip ends at 2\.28 s"):
+    encodings = record(tango.model, "encode_text")
+    litefocus.schedule_prompts(tango, {3: "rain", 12: "wind"})
+    with pytest.raises(ValueError, match=r"a prompt is scheduled at 12 s, and the clip ends at 2\.28 s"):
         clips_of_tango(tango)
-    litefocus.set_duration(tango, 4)
+    litefocus.set_duration(tango, None)
+    with pytest.raises(ValueError, match=r"the clip ends at 10\.24 s"):
+        clips_of_tango(tango)
+    assert not encodings.calls
+    draw = tango.model.prepare_latents
+    tango.model.prepare_latents = lambda *args: draw(*args)[:, :, :100]  # somebody's own length, which the UNet shows
+    with pytest.raises(ValueError, match="the clip ends at 4 s"):
+        clips_of_tango(tango)
+    litefocus.schedule_prompts(tango, {3: "rain"})
     assert len(clips_of_tango(tango)) > 4 * 16000 - 1
 
 
