@@ -23,6 +23,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     mode.add_argument("--no-patch", action="store_true", help="dense attention, without litefocus")
     mode.add_argument("--compare", action="store_true", help="dense and patched: times, two clips and one png")
     parser.add_argument("--runs", type=int, help="of --compare, for its medians (default: 3)")
+    parser.add_argument("--step-cache", type=int, metavar="N", help="deep layers at one of N steps, by DeepCache")
     return parser.parse_args(argv)
 
 
@@ -37,7 +38,7 @@ with _cli.interruptible():
 
 def load(args: argparse.Namespace) -> tuple[Any, litefocus.Patch]:
     """The pipeline that the completed options ask for, decoding in tiles and patched, and the patch."""
-    pipe = _cli.load_pipeline(args.model, args.device, args.dtype, args.offload)
+    pipe = _cli.load_pipeline(args.model, args.device, args.dtype, args.offload, args.step_cache)
     if args.tile_decoding:
         litefocus.tile_decoding(pipe)
     return pipe, litefocus.patch(pipe, args.config)
@@ -61,8 +62,7 @@ def generate(pipe: Any, settings: dict[str, Any], **options: Any) -> tuple[Any, 
 def compare(pipe: Any, config: litefocus.LiteFocusConfig, settings: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     """Clips and seconds of dense attention and of LiteFocus, turn by turn, `settings["runs"]` times each."""
     clips, took = {}, {"dense": [], "litefocus": []}
-    runs = settings["runs"] or 3
-    for run in range(1, runs + 1):
+    for run in range(1, (runs := settings["runs"] or 3) + 1):
         for name in took:
             with litefocus.patch(pipe, config) if name == "litefocus" else contextlib.nullcontext():
                 pipe.set_progress_bar_config(desc=f"{name}, warming up", leave=False)

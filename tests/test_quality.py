@@ -1,6 +1,7 @@
 """examples/evidence/quality.py: its methods, its measures, and a small run of all of it on made-up recordings."""
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -34,8 +35,8 @@ def pipe() -> AudioLDM2Pipeline:
 def test_every_method_changes_the_unet_and_is_taken_off_again(pipe) -> None:
     dense = {frames: step(pipe, frames) for frames in (128, 512)}
     seen = {}
-    for name, method in quality.WAYS.items():
-        with method.on(pipe):
+    for name in quality.METHODS:
+        with quality.WAYS[name].on(pipe):
             found = {frames: step(pipe, frames) for frames in (128, 512)}
         assert torch.equal(step(pipe, 128), dense[128]), name
         assert litefocus.status(pipe).config is None, name
@@ -53,7 +54,7 @@ def test_the_fingerprint_tells_methods_apart(pipe) -> None:
         with method.on(pipe):
             return quality.fingerprint(pipe, 1)
 
-    found = {name: of(method) for name, method in quality.WAYS.items()}
+    found = {name: of(quality.WAYS[name]) for name in quality.METHODS}
     assert found["time tiles"] == found["dense"]
     assert of(quality.Method(LiteFocusConfig(time_window=128, sparse_ratio=0.2))) == found["litefocus"]
     assert len(set(found.values())) == len(quality.METHODS) - 1
@@ -61,6 +62,15 @@ def test_the_fingerprint_tells_methods_apart(pipe) -> None:
     assert by_samples[0] == found["litefocus, one sample"]
     assert by_samples[1] == found["litefocus"]
     assert len(set(by_samples)) == 3
+
+
+def test_deepcache_is_on_for_its_methods_alone(pipe, tmp_path) -> None:
+    args = quality.parse(["--samples", ".", "--work", str(tmp_path), "--steps", "4"])
+    names = ["dense", "DeepCache 2", "DeepCache 3", "litefocus", "litefocus + DeepCache 2"]
+    made = {name: quality.generate(pipe, name, quality.WAYS[name], 1, 1, args)["latents"] for name in names}
+    for one, other in itertools.combinations(names, 2):
+        assert not torch.equal(made[one], made[other]), (one, other)
+    assert len(list(tmp_path.iterdir())) == len(names)
 
 
 def test_self_only_is_attention_over_one_token(pipe) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -127,7 +128,8 @@ def test_results_replace_older_ones_and_are_written_as_a_page_and_a_picture(tmp_
 def test_a_call_and_a_step_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["--threads", "1", "--rounds", "1", "--device", "cpu", "--output", str(tmp_path / "all")]
     speed.main(["call", "--seconds", "1", *common])
-    some = ["dense", "litefocus", "time tiles"]
+    cached = ["DeepCache 3", "litefocus + DeepCache 2"]
+    some = ["dense", "litefocus", "time tiles", *cached]
     speed.main(["step", "--models", "small", "--seconds", "1", "2", "--sum-above", "1", "--methods", *some, *common])
     rows = json.loads((tmp_path / "all.json").read_text())["rows"]
     steps = {(row["seconds"], row["method"]): row for row in rows if row["model"] == "small"}
@@ -135,6 +137,10 @@ def test_a_call_and_a_step_are_measured(tmp_path: Path, capsys: pytest.CaptureFi
     assert {row["summed"] for row in rows if row["seconds"] == 2.0 and row["model"] == "small"} == {True}
     assert not steps[1.0, "dense"]["summed"]
     assert steps[2.0, "litefocus"]["median"] > 0
+    for seconds, method in itertools.product((1.0, 2.0), cached):  # a cached step takes some time too
+        base, interval = speed.CACHED[method]
+        assert steps[seconds, method]["median"] > steps[seconds, base]["median"] / interval
+        assert steps[seconds, method]["flop_ratio"] is None
     assert {row["method"] for row in rows if row["model"] == "attention call"} >= {"no window", "published arithmetic"}
     assert "| 1 s | litefocus |" in (tmp_path / "all.md").read_text()
     assert "one attention call, 1 s of audio" in capsys.readouterr().out

@@ -157,6 +157,8 @@ class Parser(argparse.ArgumentParser):
             names = [field.name for field in fields(self.config_class)]
             if "runs" in args and args.runs and not args.compare:
                 raise ValueError("--runs needs --compare")
+            if vars(args).get("step_cache") is not None and (args.compare or args.step_cache < 2):
+                raise ValueError("--step-cache must be at least 2, and --compare makes clips without it")
             if self.sound:
                 args.at = check_later(args.at, args.seconds, args.fade)
                 check_output(args.output)
@@ -332,8 +334,12 @@ def on_hub(model: str) -> bool:
     raise ValueError(f"cannot use {model}: no network: {constants.ENDPOINT} does not answer, and no copy is here")
 
 
-def load_pipeline(model: str, device: Any, dtype: str = "float32", offload: bool = False) -> Any:
+def load_pipeline(
+    model: str, device: Any, dtype: str = "float32", offload: bool = False, step_cache: int | None = None
+) -> Any:
     """The pipeline of a folder or a hub id, on `device`; with `offload`, each of its models only while it is at work.
+
+    step_cache: DeepCache computes the deep layers of the UNet at one of so many steps.
 
     Raises ValueError, with one line, where a hub, a folder or a file in it cannot be used.
     """
@@ -357,8 +363,15 @@ def load_pipeline(model: str, device: Any, dtype: str = "float32", offload: bool
         pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=kind, **options)
         if offload:
             pipe.enable_model_cpu_offload(device=device)
-            return pipe
-        return pipe.to(device)
+        else:
+            pipe.to(device)
+        if step_cache:
+            from DeepCache import DeepCacheSDHelper
+
+            helper = DeepCacheSDHelper(pipe)
+            helper.set_params(cache_interval=step_cache)
+            helper.enable()
+        return pipe
     except Exception as error:
         raise ValueError(f"cannot use {model}: {first_line(error)}") from error
 

@@ -21,6 +21,7 @@ level in dB, whole (`loudness`) and of its quietest and loudest second.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -45,6 +46,7 @@ METHODS = (
     "token merging",
     "self only",
 )
+CACHED = ("DeepCache 2", "litefocus + DeepCache 2", "DeepCache 3", "litefocus + DeepCache 3")
 CLIPS = {1: 288, 2: 144, 4: 72, 8: 48, 16: 24, 32: 12}  # by length: 288 windows, 384 from 8x on
 SCREEN_CLIPS = {1: 12, 4: 8, 8: 4}
 
@@ -56,7 +58,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--samples", type=Path, required=True, help="folder with the flac files of sonic-pi-samples")
     add("--unet", type=Path, default=EXAMPLES / "embedded" / "unet_attentive", help="its folder (default: %(default)s)")
     add("--label", default="seed 1", help="its name in the JSON (default: %(default)s)")
-    add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD")
+    methods = (*METHODS, *CACHED)
+    add("--methods", nargs="+", choices=methods, default=METHODS, metavar="METHOD", help=", ".join(methods))
     lengths = "multiples of 5.12 s (default: 1 2 4 8; of the screen 1 4 8)"
     add("--lengths", nargs="+", type=int, choices=CLIPS, help=lengths)
     add("--clips", type=int, help=f"clips at every length (default, by length: {CLIPS})")
@@ -120,14 +123,32 @@ class Method:
 
     how: LiteFocus with these settings, a peer, or None for dense attention.
     samples: with LiteFocus, how many a layer has, of which every step takes one; None leaves it to the library.
+    interval: DeepCache computes the deep layers at one of so many steps.
     """
 
     how: LiteFocusConfig | type[Peer] | None = None
     samples: int | None = None
+    interval: int = 1
 
     def on(self, pipe: AudioLDM2Pipeline) -> AbstractContextManager[None]:
-        """The pipeline with the method in place, in a `with` block."""
+        """The pipeline with the method in place but for DeepCache, in a `with` block."""
         return running(pipe, self.how, NATIVE, self.samples)
+
+    @contextlib.contextmanager
+    def cached(self, pipe: AudioLDM2Pipeline) -> Iterator[None]:
+        """The pipeline with DeepCache, which takes no timestep but those of a pipeline's call, in a `with` block."""
+        if self.interval == 1:
+            yield
+            return
+        from DeepCache import DeepCacheSDHelper
+
+        helper = DeepCacheSDHelper(pipe)
+        helper.set_params(cache_interval=self.interval)
+        helper.enable()
+        try:
+            yield
+        finally:
+            helper.disable()
 
 
 # The default in proportion: the trained models' native length is shorter than that of published ones.
@@ -142,6 +163,10 @@ WAYS: dict[str, Method] = {
     "time tiles": Method(Tiles),
     "token merging": Method(Merged),
     "self only": Method(SelfOnly),
+    "DeepCache 2": Method(interval=2),
+    "litefocus + DeepCache 2": Method(DEFAULT, interval=2),
+    "DeepCache 3": Method(interval=3),
+    "litefocus + DeepCache 3": Method(DEFAULT, interval=3),
 }
 
 
@@ -221,21 +246,23 @@ def generate(
     with method.on(pipe):
         does, decodes = fingerprint(pipe, times), digest(*pipe.vae.parameters())
         key = (does, decodes, times, count, args.steps, args.guidance, args.seed)
-        file = kept_file(args, *key, *([noise] if noise else []))
+        others = [noise] * bool(noise) + [f"DeepCache {method.interval}"] * (method.interval > 1)
+        file = kept_file(args, *key, *others)
         if file.exists():
             return torch.load(file, weights_only=True)
         batch = max(1, 24 // times)
         mels, latents = [], []
         for start in tqdm(range(0, count, batch), desc=f"{name}, {times}x", mininterval=10):
             rows = range(start, min(start + batch, count))
-            made = pipe(
-                [texts[labels[i]] for i in rows],
-                audio_length_in_s=times * CLIP_SECONDS,
-                num_inference_steps=args.steps,
-                guidance_scale=args.guidance,
-                generator=[torch.Generator().manual_seed(1000 * (args.seed + noise) + i) for i in rows],
-                output_type="latent",
-            ).audios
+            with method.cached(pipe):
+                made = pipe(
+                    [texts[labels[i]] for i in rows],
+                    audio_length_in_s=times * CLIP_SECONDS,
+                    num_inference_steps=args.steps,
+                    guidance_scale=args.guidance,
+                    generator=[torch.Generator().manual_seed(1000 * (args.seed + noise) + i) for i in rows],
+                    output_type="latent",
+                ).audios
             latents.append(made.half())
             with torch.inference_mode():
                 for latent in made:
@@ -613,7 +640,7 @@ def counts_table(counts: list[Row]) -> str:
 
 def sound_table(rows: list[Row]) -> str:
     """The metrics of every method at one length."""
-    order = {method: place for place, method in enumerate(METHODS)}
+    order = {method: place for place, method in enumerate((*METHODS, *CACHED))}
     rows = sorted(rows, key=lambda row: order.get(row["method"], len(order)))
     names = [name for name in (*METRICS, *LEVELS) if any(name in row for row in rows)]
     cells = [[row["method"], *(cell_text(row[name]) if name in row else "-" for name in names)] for row in rows]

@@ -7,13 +7,14 @@
 
 Models have their published widths and random weights: speed does not depend on the weights. A step is one call of the
 UNet with classifier-free guidance (batch 2). Methods alternate within a round, since machines drift; ratios are of the
-medians of one run. On a CPU, seconds are CPU seconds; on CUDA, the device's own, between events. `--output NAME` adds
-the figures to NAME.json, in place of older ones of the same thing, and writes NAME.md and NAME.png anew.
+medians of one run. On a CPU, seconds are CPU seconds; on CUDA, the device's own, between events. `DeepCache N` is the
+mean of a full step and N - 1 cached ones. `--output NAME` adds the figures to NAME.json, in place of older ones of the
+same thing, and writes NAME.md and NAME.png anew.
 
-A bare machine with torch still needs `pip install diffusers transformers tomesd tqdm matplotlib scipy soundfile`, and
-this repository: `pip install --no-deps -e .`. `gpu` leaves out, and says so, what there is no time for; `gpu --quick
---device cpu` runs all of it in small, to see that it works. The tests run on the device that LITEFOCUS_TEST_DEVICE
-names, a GPU where there is one.
+A bare machine with torch still needs `pip install diffusers transformers tomesd tqdm matplotlib scipy soundfile`, this
+repository: `pip install --no-deps -e .`, and for the methods of that name `pip install DeepCache==0.1.1`. `gpu` leaves
+out, and says so, what there is no time for; `gpu --quick --device cpu` runs all of it in small, to see that it works.
+The tests run on the device that LITEFOCUS_TEST_DEVICE names, a GPU where there is one.
 """
 
 from __future__ import annotations
@@ -37,6 +38,12 @@ from typing import Any
 from report import Row, by, interruptible, measured, merged, read, table, write
 
 METHODS = ("dense", "litefocus", "paper", "time tiles", "token merging", "published arithmetic")
+# {name: (method of the full steps, one of how many is full)}
+CACHED = {
+    f"{name}DeepCache {interval}": (method, interval)
+    for interval in (2, 3)
+    for name, method in (("", "dense"), ("litefocus + ", "litefocus"))
+}
 MODELS = ("audioldm2", "tango", "small")  # the last to see that everything works
 HOWS = ("eager", "compiled", "CUDA graph")
 PUBLISHED_SECONDS = 40.0  # above, the published arithmetic is left out: its scores take gigabytes a layer
@@ -51,7 +58,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("what", nargs="?", choices=("call", "step", "gpu"), default="call")
     add("--models", nargs="+", choices=MODELS, default=["audioldm2"], help="of step (default: audioldm2)")
     add("--seconds", nargs="+", type=float, help="default: 80; of step: 10 20 40 80 160 320 600")
-    add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="METHOD", help="of step (default: all)")
+    methods = (*METHODS, *CACHED)
+    add(
+        "--methods",
+        nargs="+",
+        choices=methods,
+        default=METHODS,
+        metavar="METHOD",
+        help=f"of step: {', '.join(methods)}",
+    )
     add("--how", choices=HOWS, default="eager", help="of step (default: %(default)s)")
     add("--sum-above", type=float, default=160.0, help="on a CPU, longer steps are summed up from layers")
     add("--rounds", type=int, default=3, help="default: %(default)s")
@@ -69,7 +84,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.seconds = args.seconds or ([10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 600.0] if args.what == "step" else [80.0])
     if args.rounds < 1 or min(args.seconds) < 0.5:
         parser.error("--rounds must be at least 1, and --seconds at least 0.5")
-    args.methods = list(dict.fromkeys(["dense", *args.methods]))  # what the others are compared with
+    bases = [CACHED[name][0] for name in args.methods if name in CACHED]
+    args.methods = list(dict.fromkeys(["dense", *bases, *args.methods]))  # dense: what the others are compared with
     return args
 
 
@@ -201,7 +217,8 @@ def rows_of(
 ) -> list[Row]:
     """A row for every method of `took`, the first of which is dense.
 
-    seconds: of audio. median, minimum: seconds of a run. ratio, flop_ratio: dense / this, in time and in arithmetic.
+    seconds: of audio. median, minimum: seconds of a run. ratio, flop_ratio: dense / this, in time and in arithmetic,
+    which is not counted where steps differ.
     summed: from single layers and the rest of a step. measured: on what, when, and by which command.
     """
     medians = {method: statistics.median(times) for method, times in took.items()}
@@ -212,7 +229,7 @@ def rows_of(
     for method, median in medians.items():
         row: Row = {"model": model, "seconds": seconds, "method": method, **common}
         row |= {"median": median, "minimum": min(took[method]), "ratio": dense / median}
-        row |= {"flop_ratio": flop_ratios[method], "peak_mb": peak[method] / 1e6, "measured": where}
+        row |= {"flop_ratio": flop_ratios.get(method), "peak_mb": peak[method] / 1e6, "measured": where}
         rows.append(row)
     return rows
 
@@ -333,12 +350,14 @@ def inputs(unet: nn.Module, seconds: float, args: argparse.Namespace) -> dict[st
 def step(model: str, seconds: float, args: argparse.Namespace, bar: Any) -> list[Row]:
     """Rows of one step of a model's UNet at one length."""
     pipe = build(model, args)
-    methods = [name for name in args.methods if WAYS[name] is not Published or seconds <= PUBLISHED_SECONDS]
+    uncached = [name for name in args.methods if name not in CACHED]
+    methods = [name for name in uncached if WAYS[name] is not Published or seconds <= PUBLISHED_SECONDS]
     given = [inputs(pipe.unet, seconds, args) for _ in range(2 if args.device.type == "cuda" else 1)]
     flop_ratios = {name: flop_ratio(pipe, WAYS[name], seconds) for name in methods}
     pipes = {name: twin(pipe, WAYS[name]) for name in methods}
     if args.device.type == "cpu" and seconds > args.sum_above:
         took, peak = summed(pipes, seconds, given[0], args, bar)
+        add_cached(took, peak, pipes, given[0], args)
         return rows_of(model, seconds, took, peak, flop_ratios, args, summed=True)
     rotating = itertools.cycle(given)
     runs: dict[str, Callable[[], Any]] = {}
@@ -351,7 +370,42 @@ def step(model: str, seconds: float, args: argparse.Namespace, bar: Any) -> list
     if args.how != "eager":
         runs, flop_ratios = ({f"{name}, {args.how}": x for name, x in of.items()} for of in (runs, flop_ratios))
     took, peak = measure(runs, args, bar)
+    if args.how == "eager":
+        add_cached(took, peak, pipes, given[0], args)
     return rows_of(model, seconds, took, peak, flop_ratios, args)
+
+
+def add_cached(
+    took: dict[str, list[float]],
+    peak: dict[str, int],
+    pipes: dict[str, Any],
+    given: dict[str, Any],
+    args: argparse.Namespace,
+) -> None:
+    """Add the methods of CACHED, from the full steps that were measured and a step whose deep features are kept.
+
+    What such a step computes has no self-attention, so it costs the same whatever the full one runs.
+    """
+    wanted = {name: CACHED[name] for name in args.methods if name in CACHED}
+    if not wanted:
+        return
+    from DeepCache import DeepCacheSDHelper
+
+    pipe = pipes[next(reversed(wanted.values()))[0]]
+    sample, timestep, others = given["sample"], given["timestep"], {**given}
+    del others["sample"], others["timestep"]
+    pipe.scheduler = SimpleNamespace(timesteps=[0, 1])
+    helper = DeepCacheSDHelper(pipe)
+    helper.set_params(cache_interval=2)
+    helper.enable()
+    full, cached = (functools.partial(pipe.unet, sample, torch.full_like(timestep, i), **others) for i in (0, 1))
+    _, bytes_at_peak = first_run(full, args.device)
+    cached()
+    spent = statistics.median(seconds_of(cached, args.device) for _ in range(args.rounds))
+    helper.disable()
+    for name, (method, interval) in wanted.items():
+        took[name] = [(each + (interval - 1) * spent) / interval for each in took[method]]
+        peak[name] = bytes_at_peak
 
 
 def captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Tensor]:
@@ -480,8 +534,8 @@ def figures(rows: Iterable[Row]) -> str:
             in_seconds(row["median"]),
             in_seconds(row["minimum"]),
             f"{row['ratio']:.2f}",
-            f"{row['flop_ratio']:.2f}",
-            f"{row['ratio'] / row['flop_ratio']:.0%}",
+            f"{row['flop_ratio']:.2f}" if row["flop_ratio"] else "-",
+            f"{row['ratio'] / row['flop_ratio']:.0%}" if row["flop_ratio"] else "-",
             f"{row['peak_mb']:.0f} MB" if row["peak_mb"] else "not counted",
         ]
         for row in rows
@@ -498,14 +552,15 @@ def page(record: dict[str, list[Row]], picture: str) -> str:
         "how it measures. `ratio` is dense attention's median time over the method's, `FLOP ratio` the same for the",
         "arithmetic. `paper` is `LiteFocusConfig.paper()`, `published arithmetic` the published code's formula, which",
         "materialises its scores; time tiles have the native length of 10.24 s; token merging takes half of the tokens",
-        "by tomesd's functions. In the rows of one attention call, `no window` is the paper's focus sets with weights.",
+        "by tomesd's functions. `DeepCache N` computes the deep layers at one of N steps; its figures are means of N",
+        "steps. In the rows of one attention call, `no window` is the paper's focus sets with weights.",
         "Seconds on a CPU are CPU seconds; the peak of the memory is what a run allocates on top of its inputs and of",
         "the weights.",
         "",
     ]
     if picture:
         lines += [f"![time of a step against the clip's length]({picture})", ""]
-    order = {method: place for place, method in enumerate(METHODS)}
+    order = {method: place for place, method in enumerate((*METHODS, *CACHED))}
     rows = sorted(record["rows"], key=lambda row: (row["seconds"], order.get(row["method"], len(order))))
     groups = by(rows, "model", "device", "dtype")
     for model, device, dtype in sorted(groups, key=lambda key: [*MODELS, "attention call"].index(key[0])):
