@@ -38,7 +38,7 @@ with _cli.interruptible():
 
 def load(args: argparse.Namespace) -> tuple[Any, litefocus.Patch]:
     """The pipeline that the completed options ask for, decoding in tiles and patched, and the patch."""
-    pipe = _cli.load_pipeline(args.model, args.device, args.dtype, args.offload, args.step_cache)
+    pipe = _cli.load_pipeline(args.model, args.device, args.dtype, args.offload, vars(args).get("step_cache"))
     if args.tile_decoding:
         litefocus.tile_decoding(pipe)
     return pipe, litefocus.patch(pipe, args.config)

@@ -301,3 +301,20 @@ def test_deepcache_composes_in_every_order_and_at_changing_lengths(order: tuple[
             cached = switch == "enable"
         for seconds in (1.0, 2.0):
             assert (generate(pipe, seconds, steps=2) == clip_of(cached, patched, seconds)).all(), (switch, seconds)
+
+
+@pytest.mark.parametrize("cached_first", [False, True])
+def test_deepcache_composes_with_prompts_over_time(cached_first: bool) -> None:
+    pipe = build("AudioLDM 2")
+    helper = deep_cache(pipe)
+    switches = [helper.enable, lambda: litefocus.schedule_prompts(pipe, {1.0: "rain"}, fade=0.5)]
+    for switch in switches if cached_first else reversed(switches):
+        switch()
+    both = generate(pipe, 2.0, steps=2)
+    helper.disable()
+    scheduled = generate(pipe, 2.0, steps=2)
+    helper.enable()
+    assert (generate(pipe, 2.0, steps=2) == both).all()
+    litefocus.unpatch(pipe)
+    assert (generate(pipe, 2.0, steps=2) == clip_of(True, False, 2.0)).all()
+    assert not np.allclose(both, scheduled, rtol=0, atol=1e-6)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 from data import NOUNS
+from DeepCache import DeepCacheSDHelper
 from judge import classify
 from test_cli import options
 
@@ -63,6 +64,19 @@ def test_prompts_over_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     litefocus.schedule_prompts(pipe, {2: "a snare drum", 4: "a fast mermaid"}, fade=1)
     clip, _ = generate.generate(pipe, {"prompt": "a slow bell", "seconds": 6, "steps": 2, "guidance": 5.0, "seed": 0})
     assert np.abs(soundfile.read(tmp_path / "a.wav")[0] - clip).max() < 1e-4  # 16 bits
+
+
+def test_step_cache_is_deepcache(tmp_path: Path) -> None:
+    generate.main(["--seconds", "3", "--steps", "4", "--step-cache", "2", "--output", str(tmp_path / "a.wav")])
+    pipe, _ = generate.load(options())
+    settings = {"prompt": _cli.PROMPT, "seconds": 3, "steps": 4, "guidance": 5.0, "seed": 0}
+    without, _ = generate.generate(pipe, settings)
+    helper = DeepCacheSDHelper(pipe)
+    helper.set_params(cache_interval=2)
+    helper.enable()
+    clip, _ = generate.generate(pipe, settings)
+    assert np.abs(soundfile.read(tmp_path / "a.wav")[0] - clip).max() < 1e-4  # 16 bits
+    assert np.abs(without - clip).max() > 1e-2
 
 
 def test_both_ways_take_turns_warm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,6 +151,8 @@ def test_a_full_disk_is_one_line(
         (["--seed", "-1"], "seed must be an integer of at least 0 and below 2**63, got -1"),
         (["--compare", "--runs", "0"], "runs must be an integer of at least 1, got 0"),
         (["--runs", "3"], "--runs needs --compare"),
+        (["--step-cache", "1"], "--step-cache must be at least 2, and --compare makes clips without it"),
+        (["--step-cache", "2", "--compare"], "--step-cache must be at least 2, and --compare makes clips without it"),
         (["a", "slow", "bell", "--seconds", "3"], 'a prompt of several words needs quotes: "a slow bell"'),
         (["a bell", "--sparse", "1", "--no-such"], "unrecognized arguments: --no-such"),
         (["--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
