@@ -9,7 +9,7 @@ Prompts come first, or one a line in a file. Every method gets the same prompts 
 settings that the options of attention give, which are the defaults. For every length a table:
 
 `time`, of one generation, text to sound: seconds of the CPU, with a GPU of the clock; the median over prompts, methods
-alternating. `speed-up`: dense attention's time over it; `at most`: the same for the arithmetic of the UNet alone.
+alternating. `speed-up`: dense attention's time over it; `FLOP ratio`: the same for the arithmetic of the UNet.
 `latents`: the distance of the final latents to dense attention's, relative to these; 0 is the same clip, and the row
 `other noise`, dense attention from other noise, shows how far another clip is. `attention`: the error of the attention
 output that `litefocus.probe` finds, on average over the layers and in the worst. `Fréchet`: the squared Fréchet
@@ -432,7 +432,7 @@ COLUMNS = {  # header: what of a row, how, and in words
     "method": ("method", "{}", "how self-attention is computed"),
     "time": ("median", "{:.3g} s", "of one generation, text to sound"),
     "speed-up": ("ratio", "{:.2f}x", "dense time / time"),
-    "at most": ("flop_ratio", "{:.2f}x", "the same for the UNet's arithmetic alone"),
+    "FLOP ratio": ("flop_ratio", "{:.2f}x", "the same for the arithmetic of the UNet"),
     "latents": ("distance", "{:.3f}", "relative distance to the dense clip before decoding; 0: the same clip"),
     "of other noise": ("of_noise", "{:.0%}", "that distance / the distance of an unrelated clip"),
     "attention": ("attention", "{:.3f}", "relative error of the attention output, mean of the layers"),

@@ -151,7 +151,7 @@ def test_a_gpu_run_goes_on_after_what_fails(tmp_path: Path, monkeypatch: pytest.
         if args.how == "compiled":
             raise RuntimeError("no compiler")
         name = {"eager": "litefocus"}.get(args.how, f"litefocus, {args.how}")
-        return speed.rows_of(model, seconds, {name: [1.0]}, {name: 0}, {name: 1.0}, args)
+        return speed.rows_of(model, seconds, {name: speed.Timed([1.0])}, {name: 1.0}, args)
 
     monkeypatch.setattr(speed, "step", step)
     speed.main(["gpu", "--quick", "--device", "cpu", "--threads", "1", "--output", str(tmp_path / "gpu")])
@@ -162,6 +162,17 @@ def test_a_gpu_run_goes_on_after_what_fails(tmp_path: Path, monkeypatch: pytest.
     assert checks["step, compiled, float32, 1 s"] == "RuntimeError: no compiler"
     assert {row["method"] for row in record["rows"]} >= {"dense", "litefocus", "litefocus, CUDA graph"}
     assert "| step, compiled, float32, 1 s | RuntimeError: no compiler |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_with_several_threads_the_clock_counts_and_the_name_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(speed.time, "perf_counter", iter(range(1000)).__next__)
+    args = speed.parse(["step", "--rounds", "1", "--methods", "litefocus"])
+    args.device, args.dtype = torch.device("cpu"), "float32"
+    with torch.inference_mode(), tqdm(disable=True) as bar:
+        rows = speed.step("small", 1.0, args, bar)
+    assert [(row["method"], row["median"]) for row in rows] == [("dense, 2 threads", 1), ("litefocus, 2 threads", 1)]
+    assert all(row["faults"] >= 0 for row in rows)
 
 
 def test_steps_are_captured_and_compiled_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

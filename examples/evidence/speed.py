@@ -7,9 +7,9 @@
 
 Models have their published widths and random weights: speed does not depend on the weights. A step is one call of the
 UNet with classifier-free guidance (batch 2). Methods alternate within a round, since machines drift; ratios are of the
-medians of one run. On a CPU, seconds are CPU seconds; on CUDA, the device's own, between events. `DeepCache N` is the
-mean of a full step and N - 1 cached ones. `--output NAME` adds the figures to NAME.json, in place of older ones of the
-same thing, and writes NAME.md and NAME.png anew.
+medians of one run. On a CPU, seconds are CPU seconds, with several threads the clock's; on CUDA, the device's own,
+between events. `DeepCache N` is the mean of a full step and N - 1 cached ones. `--output NAME` adds the figures to
+NAME.json, in place of older ones of the same thing, and writes NAME.md and NAME.png anew.
 
 A bare machine with torch still needs `pip install diffusers transformers tomesd tqdm matplotlib scipy soundfile`, this
 repository: `pip install --no-deps -e .`, and for the methods of that name `pip install DeepCache==0.1.1`. `gpu` leaves
@@ -30,7 +30,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -144,11 +144,12 @@ class PeakMemory(TorchDispatchMode):
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
-    """CPU seconds of one run; on CUDA the device's, the mean over as many runs as fill QUEUED."""
+    """CPU seconds of one run, the clock's with several threads; on CUDA the device's, mean of runs that fill QUEUED."""
     if device.type != "cuda":
-        started = time.process_time()
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        started = clock()
         run()
-        return time.process_time() - started
+        return clock() - started
 
     def between_events(times: int) -> float:
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -180,56 +181,76 @@ def first_run(run: Callable[[], Any], device: torch.device, *, compiled: bool = 
     return spent, memory.peak
 
 
-def measure(
-    runs: dict[str, Callable[[], Any]], args: argparse.Namespace, bar: Any
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of every round, and bytes at the peak, of each of `runs`, which alternate.
+def page_faults() -> int:
+    """Of this process so far: pages that the system had to map, mostly for new memory."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+@dataclass
+class Timed:
+    """Runs of one thing. seconds, faults: of every round. peak: bytes."""
+
+    seconds: list[float] = field(default_factory=list)
+    faults: list[int] = field(default_factory=list)
+    peak: int = 0
+
+
+def measure(runs: dict[str, Callable[[], Any]], args: argparse.Namespace, bar: Any) -> dict[str, Timed]:
+    """Time `runs`, which alternate.
 
     A first round warms up and counts memory. It is one of the rounds where it takes longer than WARM_ENOUGH, unless
     something was compiled in it.
     """
-    took: dict[str, list[float]] = {name: [] for name in runs}
-    peak = dict.fromkeys(runs, 0)
+    timed = {name: Timed() for name in runs}
     for warm_up in (True, *[False] * args.rounds):
         for name, run in runs.items():
-            if len(took[name]) == args.rounds:
+            of = timed[name]
+            if len(of.seconds) == args.rounds:
                 continue
             bar.set_postfix_str(name)
-            compiled = name.endswith("compiled")
+            compiled, before = name.endswith("compiled"), page_faults()
             if warm_up:
-                spent, peak[name] = first_run(run, args.device, compiled=compiled)
+                spent, of.peak = first_run(run, args.device, compiled=compiled)
             else:
                 spent = seconds_of(run, args.device)
             if not warm_up or (spent > WARM_ENOUGH and not compiled):
-                took[name].append(spent)
+                of.seconds.append(spent)
+                of.faults.append(page_faults() - before)
             bar.update()
-    return took, peak
+    return timed
 
 
 def rows_of(
     model: str,
     seconds: float,
-    took: dict[str, list[float]],
-    peak: dict[str, int],
+    timed: dict[str, Timed],
     flop_ratios: dict[str, float],
     args: argparse.Namespace,
     summed: bool = False,
 ) -> list[Row]:
-    """A row for every method of `took`, the first of which is dense.
+    """A row for every method of `timed`, the first of which is dense.
 
     seconds: of audio. median, minimum: seconds of a run. ratio, flop_ratio: dense / this, in time and in arithmetic,
-    which is not counted where steps differ.
-    summed: from single layers and the rest of a step. measured: on what, when, and by which command.
+    which is not counted where steps differ. faults: median of a run, None where runs are not whole. summed: from single
+    layers and the rest of a step. measured: on what, when, and by which command.
     """
-    medians = {method: statistics.median(times) for method, times in took.items()}
+    medians = {method: statistics.median(of.seconds) for method, of in timed.items()}
     dense = next(iter(medians.values()))
     common = {"device": args.device.type, "dtype": args.dtype, "summed": summed}
     where = f"{measured(args.device.type, f'{args.rounds} rounds')}: `{args.command}`"
+    several = (
+        f", {torch.get_num_threads()} threads" if args.device.type == "cpu" and torch.get_num_threads() > 1 else ""
+    )
     rows = []
-    for method, median in medians.items():
-        row: Row = {"model": model, "seconds": seconds, "method": method, **common}
-        row |= {"median": median, "minimum": min(took[method]), "ratio": dense / median}
-        row |= {"flop_ratio": flop_ratios.get(method), "peak_mb": peak[method] / 1e6, "measured": where}
+    for method, of in timed.items():
+        row: Row = {"model": model, "seconds": seconds, "method": method + several, **common}
+        row |= {"median": medians[method], "minimum": min(of.seconds), "ratio": dense / medians[method]}
+        row |= {"flop_ratio": flop_ratios.get(method), "peak_mb": of.peak / 1e6, "measured": where}
+        row |= {"faults": statistics.median(of.faults) if of.faults else None}
         rows.append(row)
     return rows
 
@@ -269,8 +290,8 @@ def call(seconds: float, args: argparse.Namespace, bar: Any) -> list[Row]:
     rotating = itertools.cycle(qkvs)
     calls = attention_calls(seconds, args.device)
     runs = {name: lambda run=run: run(*next(rotating)) for name, (run, _) in calls.items()}
-    took, peak = measure(runs, args, bar)
-    return rows_of("attention call", seconds, took, peak, {name: ratio for name, (_, ratio) in calls.items()}, args)
+    timed = measure(runs, args, bar)
+    return rows_of("attention call", seconds, timed, {name: ratio for name, (_, ratio) in calls.items()}, args)
 
 
 # ----------------------------------------------------------------------------------------------------- one step
@@ -356,9 +377,9 @@ def step(model: str, seconds: float, args: argparse.Namespace, bar: Any) -> list
     flop_ratios = {name: flop_ratio(pipe, WAYS[name], seconds) for name in methods}
     pipes = {name: twin(pipe, WAYS[name]) for name in methods}
     if args.device.type == "cpu" and seconds > args.sum_above:
-        took, peak = summed(pipes, seconds, given[0], args, bar)
-        add_cached(took, peak, pipes, given[0], args)
-        return rows_of(model, seconds, took, peak, flop_ratios, args, summed=True)
+        timed = summed(pipes, seconds, given[0], args, bar)
+        add_cached(timed, pipes, given[0], args)
+        return rows_of(model, seconds, timed, flop_ratios, args, summed=True)
     rotating = itertools.cycle(given)
     runs: dict[str, Callable[[], Any]] = {}
     for name, other in pipes.items():
@@ -369,19 +390,13 @@ def step(model: str, seconds: float, args: argparse.Namespace, bar: Any) -> list
             runs[name] = lambda unet=unet: unet(**next(rotating))
     if args.how != "eager":
         runs, flop_ratios = ({f"{name}, {args.how}": x for name, x in of.items()} for of in (runs, flop_ratios))
-    took, peak = measure(runs, args, bar)
+    timed = measure(runs, args, bar)
     if args.how == "eager":
-        add_cached(took, peak, pipes, given[0], args)
-    return rows_of(model, seconds, took, peak, flop_ratios, args)
+        add_cached(timed, pipes, given[0], args)
+    return rows_of(model, seconds, timed, flop_ratios, args)
 
 
-def add_cached(
-    took: dict[str, list[float]],
-    peak: dict[str, int],
-    pipes: dict[str, Any],
-    given: dict[str, Any],
-    args: argparse.Namespace,
-) -> None:
+def add_cached(timed: dict[str, Timed], pipes: dict[str, Any], given: dict[str, Any], args: argparse.Namespace) -> None:
     """Add the methods of CACHED, from the full steps that were measured and a step whose deep features are kept.
 
     What such a step computes has no self-attention, so it costs the same whatever the full one runs.
@@ -399,13 +414,12 @@ def add_cached(
     helper.set_params(cache_interval=2)
     helper.enable()
     full, cached = (functools.partial(pipe.unet, sample, torch.full_like(timestep, i), **others) for i in (0, 1))
-    _, bytes_at_peak = first_run(full, args.device)
+    _, peak = first_run(full, args.device)
     cached()
     spent = statistics.median(seconds_of(cached, args.device) for _ in range(args.rounds))
     helper.disable()
     for name, (method, interval) in wanted.items():
-        took[name] = [(each + (interval - 1) * spent) / interval for each in took[method]]
-        peak[name] = bytes_at_peak
+        timed[name] = Timed([(each + (interval - 1) * spent) / interval for each in timed[method].seconds], peak=peak)
 
 
 def captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Tensor]:
@@ -431,14 +445,13 @@ def captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Tenso
 
 def summed(
     pipes: dict[str, Any], seconds: float, given: dict[str, Any], args: argparse.Namespace, bar: Any
-) -> tuple[dict[str, list[float]], dict[str, int]]:
+) -> dict[str, Timed]:
     """As `measure`, for steps that take too long: of layers that cost the same, the first counts for all.
 
     The others do nothing. What is left of a step is the same for every method, so its median is taken over all runs.
     """
     rests: list[float] = []
-    attention: dict[str, list[float]] = {method: [] for method in pipes}
-    peak = dict.fromkeys(pipes, 0)
+    timed = {method: Timed() for method in pipes}
     for method, pipe in pipes.items():
         spent: dict[Any, float] = {}
         counts: dict[Any, int] = {}
@@ -461,12 +474,14 @@ def summed(
             layer.register_forward_hook(after)
         for _ in range(args.rounds):
             bar.set_postfix_str(method)
-            total, peak[method] = first_run(functools.partial(pipe.unet, **given), args.device)
+            total, timed[method].peak = first_run(functools.partial(pipe.unet, **given), args.device)
             rests.append(total - sum(spent.values()))
-            attention[method].append(sum(counts[layer] * spent[layer] for layer in counts))
+            timed[method].seconds.append(sum(counts[layer] * spent[layer] for layer in counts))
             bar.update()
     rest = statistics.median(rests)
-    return {method: [rest + each for each in times] for method, times in attention.items()}, peak
+    for of in timed.values():
+        of.seconds = [rest + each for each in of.seconds]
+    return timed
 
 
 # ------------------------------------------------------------------------------------------------------------ a GPU
@@ -526,7 +541,17 @@ def in_seconds(value: float) -> str:
 
 def figures(rows: Iterable[Row]) -> str:
     """A table with every figure of some rows."""
-    header = ("clip", "method", "median", "fastest", "ratio to dense", "FLOP ratio", "share reached", "peak memory")
+    header = (
+        "clip",
+        "method",
+        "median",
+        "fastest",
+        "ratio to dense",
+        "FLOP ratio",
+        "share reached",
+        "memory",
+        "page faults",
+    )
     cells = [
         [
             f"{row['seconds']:g} s" + " *" * row["summed"],
@@ -537,6 +562,7 @@ def figures(rows: Iterable[Row]) -> str:
             f"{row['flop_ratio']:.2f}" if row["flop_ratio"] else "-",
             f"{row['ratio'] / row['flop_ratio']:.0%}" if row["flop_ratio"] else "-",
             f"{row['peak_mb']:.0f} MB" if row["peak_mb"] else "not counted",
+            f"{row['faults'] / 1e3:.0f} thousand" if row.get("faults") is not None else "not counted",
         ]
         for row in rows
     ]
@@ -554,8 +580,8 @@ def page(record: dict[str, list[Row]], picture: str) -> str:
         "materialises its scores; time tiles have the native length of 10.24 s; token merging takes half of the tokens",
         "by tomesd's functions. `DeepCache N` computes the deep layers at one of N steps; its figures are means of N",
         "steps. In the rows of one attention call, `no window` is the paper's focus sets with weights.",
-        "Seconds on a CPU are CPU seconds; the peak of the memory is what a run allocates on top of its inputs and of",
-        "the weights.",
+        "Seconds on a CPU are CPU seconds, with several threads the clock's; the memory is what a run allocates at its",
+        "peak, on top of its inputs and of the weights. Page faults depend on what the process did before.",
         "",
     ]
     if picture:
