@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import sys
 import threading
@@ -27,6 +28,7 @@ from support import small
 from support.pipelines import minimal_unet, sharpen
 from support.recorder import Recorder
 from support.small import attention, leftovers, same_processors
+from support.tango import Tango, tango_unet
 from torch import Tensor, nn
 
 import litefocus
@@ -99,10 +101,10 @@ TOLERANCE = 1e-5  # other kinds of dense attention, and compiled code, round in 
 
 @dataclass(eq=False)
 class Made:
-    """A patch that was made."""
+    """A patch, or a schedule, that was made."""
 
-    config: LiteFocusConfig
-    handle: litefocus.Patch | None
+    config: Any  # its settings, or the number of a schedule
+    handle: Any
     entered: bool = False
     over: bool = False
 
@@ -433,6 +435,144 @@ def test_sequences_with_a_compiler() -> None:
     torch._dynamo.reset()
     explore(CompiledSequences, examples=3, steps=20)
     torch._dynamo.reset()
+
+
+# --- prompts over time, while others wrap what they wrap
+
+
+SCHEDULES = ({0.24: "rain"}, {0.24: "wind"}, {0.12: "rain", 0.44: "wind"})
+ENCODER = "encode_text_classifier_free"
+
+
+def tiny_tango() -> Tango:
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "layers_per_block": 1}
+    torch.manual_seed(2)
+    tango = Tango(
+        tango_unet(
+            block_out_channels=(8, 16),
+            attention_head_dim=(1, 2),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            **blocks,
+        )
+    )
+    litefocus.set_duration(tango, 0.64)
+    return tango
+
+
+def noise_of(tango: Tango) -> Tensor:
+    """What one step makes."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        latents: Tensor = tango.model.inference(["a hammer"], tango.scheduler, 1, 3.0)
+    return latents
+
+
+@cache
+def scheduled(number: int | None) -> Tensor:
+    """Of a fresh model."""
+    tango = tiny_tango()
+    if number is not None:
+        litefocus.schedule_prompts(tango, SCHEDULES[number], fade=0.1)
+    return noise_of(tango)
+
+
+def places_to_wrap(tango: Tango) -> list[tuple[Any, str]]:
+    """Of all that `schedule_prompts` wraps: the encoder, a cross-attention layer, a group norm."""
+    modules = dict(tango.model.unet.named_modules())
+    layer = next(module for name, module in modules.items() if name.endswith("attn2"))
+    return [(tango.model, ENCODER), (layer, "forward"), (modules["conv_norm_out"], "forward")]
+
+
+class Prompted:
+    """A model, the schedules on it, and what others had wrapped, newest last: (place, what was there before)."""
+
+    def __init__(self, tango: Tango) -> None:
+        self.tango, self.places, self.made, self.blocks = tango, Places(), [], []
+        self.wrapped: list[tuple[int, Any]] = []
+
+
+class PromptSequences(RuleBasedStateMachine):
+    """Whatever comes in whichever order: the newest schedule counts, and none where there is none."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.worlds = [Prompted(tiny_tango())]
+
+    def world(self, which: int) -> Prompted:
+        return self.worlds[which % len(self.worlds)]
+
+    @rule(which=ANY, number=st.integers(0, len(SCHEDULES) - 1))
+    def schedule(self, which: int, number: int) -> None:
+        world = self.world(which)
+        made = Made(number, litefocus.schedule_prompts(world.tango, SCHEDULES[number], fade=0.1))
+        world.places.put(made)
+        world.made.append(made)
+
+    @rule(which=ANY)
+    def unpatch(self, which: int) -> None:
+        world = self.world(which)
+        litefocus.unpatch(world.tango)
+        litefocus.set_duration(world.tango, 0.64)
+        world.places.places = []
+        for made in world.made:
+            made.over = True
+
+    @rule(which=ANY, handle=ANY)
+    def enter(self, which: int, handle: int) -> None:
+        world = self.world(which)
+        made = world.made[handle % len(world.made)] if world.made else None
+        if made is not None and not (made.over or made.entered):
+            made.handle.__enter__()
+            world.places.enter(made)
+            world.blocks.append(made)
+
+    @rule(which=ANY, handle=ANY, block=st.booleans())
+    def remove(self, which: int, handle: int, block: bool) -> None:
+        world = self.world(which)
+        among = world.blocks if block else world.made
+        if among:
+            made = among.pop(handle % len(among)) if block else among[handle % len(among)]
+            made.handle.remove()
+            world.places.remove(made)
+
+    @rule(which=ANY, place=st.integers(0, 2), off=st.booleans())
+    def wrap(self, which: int, place: int, off: bool) -> None:
+        """As a cache, or accelerate's hooks; off: put back what was there, which may have been ours."""
+        world = self.world(which)
+        if off and world.wrapped:
+            place, before = world.wrapped.pop()
+            owner, method = places_to_wrap(world.tango)[place]
+            if not isinstance(vars(owner)[method], Recorder):
+                return  # ours is around it
+            if before is None:
+                del vars(owner)[method]
+            else:
+                vars(owner)[method] = before
+        elif len(world.wrapped) < 3:
+            owner, method = places_to_wrap(world.tango)[place]
+            world.wrapped.append((place, vars(owner).get(method)))
+            vars(owner)[method] = Recorder(getattr(owner, method))
+
+    @rule(which=ANY)
+    def duplicate(self, which: int) -> None:
+        world = self.world(which)
+        twin = Prompted(copy.deepcopy(world.tango))
+        twin.places.places = [Made(made.config, None, made.entered) for made in world.places.places]
+        self.worlds.append(twin)
+        del self.worlds[:-COPIES]
+
+    @invariant()
+    def holds(self) -> None:
+        for world in self.worlds:
+            number = world.places.places[-1].config if world.places.places else None
+            assert torch.equal(noise_of(world.tango), scheduled(number))
+            assert (litefocus.status(world.tango).prompts is None) == (number is None)
+
+
+def test_sequences_of_prompts() -> None:
+    for one, other in itertools.combinations([None, 0, 1, 2], 2):
+        assert not torch.allclose(scheduled(one), scheduled(other), atol=1e-3)
+    explore(PromptSequences, examples=15, steps=20)
 
 
 # --- threads
