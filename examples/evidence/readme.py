@@ -1,4 +1,4 @@
-"""Write README's tables, and speed.md, quality.md and prompts.md, from the JSON files: no figure is typed by hand.
+"""Write the tables of README and of the pages beside this file from the JSON files: no figure is typed by hand.
 
 python examples/evidence/readme.py           # after speed.py and quality.py with --output
 python examples/evidence/readme.py --check   # exit code 1 where one of them says something else
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import re
 import sys
@@ -40,7 +41,7 @@ with interruptible():
     from litefocus import _decoding, _grid
 
 README = EXAMPLES.parent / "README.md"
-MARKED = re.compile(r"(<!-- (figures|memory|allocator) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- (figures|memory|allocator|cache) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 METHODS = ("dense", "litefocus", "paper", "time tiles", "token merging")
 TIMED, SECONDS = "audioldm2", (10.0, 80.0, 600.0)
@@ -101,21 +102,53 @@ def figures() -> str:
     judged = row_of(sounds, model=JUDGED, method="litefocus", times=TIMES) or sounds[0]
     machines = " and ".join(dict.fromkeys(row["measured"].split(",")[0] for row in shown))
     date = judged["measured"].split(", ")[-1]
-    judgements = [
-        worse(name, evaluation["counts"]) for name in ("litefocus", "litefocus, before", "paper", "time tiles")
-    ]
-    models, longest = len({row["model"] for row in sounds}), max(row["times"] for row in sounds)
+    judgements = [worse(name, evaluation["counts"]) for name in ("litefocus", "paper", "time tiles")]
+    models = len({row["model"].split(", ")[0] for row in sounds})
+    longest = max(row["times"] for row in sounds if row["method"] == "litefocus")
     text = (
         f"A UNet step of AudioLDM 2 at its published widths, with random weights, on a CPU ({machines}): dense in "
         "seconds, the others as speed-up (\\* estimated from FLOPs); 600 s is summed up from layers. Sound: Fréchet "
         "distance of 5 s windows to real ones, lower is better, as difference to dense ± standard error, of "
         f"{judged['clips']} clips of a small trained model. {models} trained UNets were compared with dense by seven "
         f"measures, at 1 to {longest} times their native length. Worse by over two standard errors, where 2.3 % are "
-        f"expected by chance: {', '.join(judgements)} comparisons; `before` is the default of 2026-11-27 "
+        f"expected by chance: {', '.join(judgements)} comparisons "
         f"([speed](examples/evidence/speed.md), [sound](examples/evidence/quality.md), {date})."
     )
-    lines = ["", *textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)]
-    return table(header, rows) + "\n".join(lines) + "\n"
+    return f"{table(header, rows)}\n{wrapped(text)}\n"
+
+
+def wrapped(text: str) -> str:
+    """In lines of README's width."""
+    return "\n".join(textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False))
+
+
+CACHED = "litefocus + DeepCache 2"
+
+
+def cache() -> str:
+    """What DeepCache adds in speed, and takes in sound, by the number of steps."""
+    times = read(HERE / "speed.json", "rows")["rows"]
+    sounds = read(HERE / "quality.json", "rows")["rows"]
+    faster = [
+        f"{row['ratio']:.1f}x at {row['seconds']:g} s"
+        for row in times
+        if (row["model"], row["method"]) == (TIMED, CACHED) and row["seconds"] in SECONDS
+    ]
+    header = ["", *(f"{times * quality.CLIP_SECONDS:.0f} s" for times in (1, 4))]
+    rows = []
+    for steps, method in itertools.product((25, 50), ("litefocus", "DeepCache 2", CACHED)):
+        found = [row_of(sounds, model=f"{JUDGED}, {steps} steps", method=method, times=times) for times in (1, 4)]
+        if any(found):
+            rows.append([f"{steps} steps, {method}", *map(judgement, found)])
+    text = f"A step of AudioLDM 2 is then {', '.join(faster)} faster than a dense one, on average of two. Sound:"
+    return f"{wrapped(text)}\n\n{table(header, rows)}"
+
+
+def judgement(row: Row | None) -> str:
+    """Fréchet distance and loudness, as differences to dense."""
+    if row is None:
+        return "not measured"
+    return f"{difference(row['frechet'], 2)}, {row['loudness']['diff']:+.2f} dB"
 
 
 def decoding(pipe: Any, length: float, tiled: bool) -> float | None:
@@ -190,10 +223,14 @@ def allocator() -> str:
 
 def pages() -> dict[Any, str]:
     """Every file that is written, and its text."""
-    parts = {"figures": figures, "memory": memory, "allocator": allocator}
+    parts = {"figures": figures, "cache": cache, "memory": memory, "allocator": allocator}
     evaluation = json.loads((HERE / "quality.json").read_text())
+    marked = {
+        file: MARKED.sub(lambda found: found[1] + parts[found[2]]() + found[3], file.read_text())
+        for file in (README, EXAMPLES / "README.md")
+    }
     return {
-        README: MARKED.sub(lambda found: found[1] + parts[found[2]]() + found[3], README.read_text()),
+        **marked,
         HERE / "speed.md": speed.page(read(HERE / "speed.json", "rows", "checks"), "speed.png"),
         HERE / "quality.md": quality.page(evaluation, "quality"),
         HERE / "prompts.md": prompts.page(read(HERE / "prompts.json", "rows")["rows"], "prompts"),
