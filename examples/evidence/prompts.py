@@ -5,10 +5,12 @@
 
 Every case is two or three of the twelve sounds that the embedded pipeline knows, in equal parts with fades of 2 s, and
 every sound alone, from the same noise. Its decoded mel spectrogram is cut into windows of 2.56 s. `right` is the share
-of windows whose class, by the judge, is that of the prompt in force; windows that a fade touches are left out. Around a
-change, windows 0.32 s apart show when the judge stops hearing the old sound and starts hearing the new one. `jump`: the
-largest change of level, in the fade, from one latent frame (40 ms) to the next, relative to the largest one elsewhere
-in the clip. `dip`: by how many dB the quietest 0.64 s of a fade are below the quietest of the seconds around it.
+of windows whose class, by the judge, is that of the prompt in force; windows that a fade touches are left out. Around
+a change, windows 0.32 s apart show when the judge stops hearing the old sound and starts hearing the new one. `jump`:
+the largest change of level, in the fade, from one latent frame (40 ms) to the next, relative to the largest one
+elsewhere in the clip; were fades no louder or quieter than the rest, it would be above 1 in as large a share of
+changes as the fade is of the clip. `alone`: `right` of plain clips, each sound counted as often as in the line. `dip`:
+by how many dB the quietest 0.64 s of a fade are below the quietest of the seconds around it.
 """
 
 from __future__ import annotations
@@ -172,19 +174,27 @@ def first(offsets: list[bool]) -> str:
     return next((f"{offset:+.1f} s" for offset, holds in zip(OFFSETS, offsets, strict=True) if holds), "-")
 
 
-def cells(rows: list[Row]) -> list[str]:
-    """Figures of the clips of one line of the table."""
-    pairs = [
+def judged(rows: list[Row]) -> list[tuple[int, int, int, list[int]]]:
+    """(part, class of its prompt, class that was heard, classes of the clip) of every window that counts."""
+    return [
         (row["classes"].index(wanted), wanted, heard, row["classes"])
         for row in rows
         for wanted, heard in zip(row["wanted"], row["heard"], strict=True)
         if wanted is not None
     ]
+
+
+def cells(rows: list[Row], alone: list[Row]) -> list[str]:
+    """Figures of the clips of one line of the table. alone: plain clips of the same length."""
+    pairs = judged(rows)
     right = share([wanted == heard for _, wanted, heard, _ in pairs])
     line = [f"{len(rows)}, {len(pairs)}", f"{right:.1%}"]
     around = [change for row in rows for change in row["around"]]
     if not around:
-        return [*line, *["-"] * 6]
+        return [*line, *["-"] * 7]
+    plain = judged(alone)
+    ceilings = [share([heard == sound for _, wanted, heard, _ in plain if wanted == sound]) for _, sound, *_ in pairs]
+    line.append(f"{np.mean(ceilings):.1%}" if alone else "-")
     early = share([heard in classes[part + 1 :] for part, _, heard, classes in pairs])
     late = share([heard in classes[:part] for part, _, heard, classes in pairs])
     old, new = (
@@ -197,18 +207,21 @@ def cells(rows: list[Row]) -> list[str]:
         f"{late:.1%}",
         first([o > -1 and x < 0.5 for o, x in zip(OFFSETS, old, strict=True)]),
         first([x >= 0.5 for x in new]),
-        f"{np.median(jumps):.2f} ({share([jump > 1 for jump in jumps]):.0%} above 1)",
+        f"{np.median(jumps):.2f} ({share([jump > 1 for jump in jumps]):.0%} above 1, {max(jumps):.2f} at most; {FADE / rows[0]['seconds']:.0%})",
         f"{np.median(dips):.1f} dB (at most {max(dips):.1f})",
     ]
 
 
 def page(rows: list[Row], file: str) -> str:
     """Tables, in Markdown."""
-    header = ["parts", "seconds", "attention", "clips, windows", "right", "next one early", "one before late"]
+    header = ["parts", "seconds", "attention", "clips, windows", "right", "alone", "next one early", "one before late"]
     header += ["old until", "new from", "jump", "dip"]
     groups = by(rows, "seconds", "parts", "way", "steps")
     order = sorted(groups, key=lambda key: (key[0], key[1], list(WAYS).index(key[2])))
-    lines = [[str(key[1]), f"{key[0]:g}", key[2], *cells(groups[key])] for key in order]
+    lines = []
+    for length, parts, way, steps in order:
+        alone = [row for each in WAYS for row in groups.get((length, 1, each, steps), [])]
+        lines.append([str(parts), f"{length:g}", way, *cells(groups[length, parts, way, steps], alone)])
     wrong: dict[str, int] = {}
     for row in rows:
         for wanted, heard in zip(row["wanted"], row["heard"], strict=True):
@@ -223,7 +236,7 @@ def page(rows: list[Row], file: str) -> str:
             "",
             f"Written by `python examples/evidence/prompts.py --output examples/evidence/{file}`; the figures are",
             f"those of `{file}.json`. How they are measured is in the docstring of `prompts.py`. Clips of one part are",
-            "plain ones, the ceiling. "
+            "plain ones, the ceiling; `alone` is that of a line's sounds. In brackets, a fade's share of the clip. "
             f"Steps: {', '.join(map(str, sorted(steps)))}; seeds: {', '.join(map(str, sorted(seeds)))}.",
             "",
             table(header, lines),
