@@ -201,13 +201,14 @@ def cells(rows: list[Row], alone: list[Row]) -> list[str]:
         [share([change[str(o)] == which for change in around if str(o) in change]) for o in OFFSETS] for which in "on"
     )
     jumps, dips = ([value for row in rows for value in row[name]] for name in ("jumps", "dips"))
+    over = share([jump > 1 for jump in jumps])
     return [
         *line,
         f"{early:.1%}",
         f"{late:.1%}",
         first([o > -1 and x < 0.5 for o, x in zip(OFFSETS, old, strict=True)]),
         first([x >= 0.5 for x in new]),
-        f"{np.median(jumps):.2f} ({share([jump > 1 for jump in jumps]):.0%} above 1, {max(jumps):.2f} at most; {FADE / rows[0]['seconds']:.0%})",
+        f"{np.median(jumps):.2f} ({over:.0%} above 1, {max(jumps):.2f} at most; {FADE / rows[0]['seconds']:.0%})",
         f"{np.median(dips):.1f} dB (at most {max(dips):.1f})",
     ]
 
