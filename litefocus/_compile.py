@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from torch import Tensor
+from torch import Tensor, _guards, compiler
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -18,6 +18,11 @@ def assume_constant_result(function: Function) -> Function:
     """As `torch.compiler.assume_constant_result`: the compiler calls `function` once and keeps what it returned."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def current_trace() -> object:
+    """The trace in which torch.compile calls a constant function; None for exporters, and in torch too old to tell."""
+    return None if getattr(compiler, "is_exporting", lambda: True)() else _guards.CompileContext.try_get()
 
 
 def not_compiled(function: Function) -> Function:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from litefocus._compile import assume_constant_result
+from litefocus._compile import assume_constant_result, current_trace
 from litefocus._grid import Grid, halved
 from litefocus.focus import FocusSet, FreqAxis
 
@@ -47,6 +47,7 @@ class _Thread(threading.local):
         self.calls: weakref.WeakKeyDictionary[Context, Call] = weakref.WeakKeyDictionary()
         self.samples: weakref.WeakKeyDictionary[Context, int | Tensor] = weakref.WeakKeyDictionary()
         self.differentiable: weakref.WeakSet[Context] = weakref.WeakSet()
+        self.traces: weakref.WeakKeyDictionary[Context, object] = weakref.WeakKeyDictionary()
 
 
 _thread = _Thread()
@@ -62,6 +63,10 @@ class Context:
         verb: "patched" or "probed", for messages.
         started, finished: number of the last call that began, and of the last that came to its end.
         sizes: (num_frames, freq_bins) of the calls so far, the newest last.
+        differentiable: whether an input required gradients while they were off, as in a reentrant checkpoint: compiled
+            code then keeps the first sample.
+        hashed: hash of the timestep, in compiled code alone, from `_note_timestep` to `_end`. Layers read what was put
+            there in their own trace: between graphs it may be that of another thread.
     """
 
     def __init__(self, freq_axis: FreqAxis = "width", freq_bins: int | None = None, verb: str = "patched") -> None:
@@ -71,6 +76,8 @@ class Context:
         self.verb = verb
         self.started = self.finished = 0
         self.sizes: list[tuple[int, int]] = []
+        self.differentiable = False
+        self.hashed: int | Tensor | None = None
         self._hooks: list[RemovableHandle] = []
 
     @property
@@ -102,22 +109,27 @@ class Context:
 
     def _note_gradients(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note whether an input requires gradients: a reentrant checkpoint runs twice, first without grad mode."""
+        requires_grad = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs)))
+        if requires_grad and not torch.is_grad_enabled():
+            self.differentiable = True
         if torch.compiler.is_compiling():
             return
         _thread.differentiable.discard(self)
-        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs))):
+        if requires_grad:
             _thread.differentiable.add(self)
 
     def _note_timestep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if not torch.compiler.is_compiling() and args:
             _thread.samples[self] = timestep_hash(args[0])
+        elif args and not torch.is_grad_enabled() and not self.differentiable and _note_trace(self):
+            self.hashed = timestep_hash(args[0])
 
     def _note_embedding(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """The authors' UNets embed the timestep in a function: sinusoids (batch, channels), cosines before sines."""
-        if not torch.compiler.is_compiling() and args and args[0].numel():
+        if args and args[0].numel():
             cosines, sines = args[0].detach()[0].float().chunk(2)
             timestep = torch.atan2(sines[-1], cosines[-1]) * 10000 ** (1 - 1 / len(cosines))  # by the lowest frequency
-            _thread.samples[self] = timestep_hash((timestep * 8).round() / 8)
+            self._note_timestep(module, ((timestep * 8).round() / 8,))
 
     def _begin(self, convolution: nn.Module, args: tuple[Any, ...]) -> None:
         """A call begins. Raises ValueError for another number of bins than asked for."""
@@ -144,6 +156,8 @@ class Context:
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
+            if self.hashed is not None:
+                self.hashed = None
             return
         call = _thread.calls.pop(self, None)
         if call is not None and call.grids is self.grids:  # not under a patch that has been replaced meanwhile
@@ -184,6 +198,13 @@ def _remember(context: Context, num_frames: int, freq_bins: int) -> None:
     del context.sizes[:-SIZES_KEPT]
 
 
+@assume_constant_result
+def _note_trace(context: Context) -> bool:
+    """Note in which trace a compiler comes to the timestep; False in those of exporters."""
+    trace = _thread.traces[context] = current_trace()
+    return trace is not None
+
+
 class PatchedLayer(NamedTuple):
     """What a patch keeps on an attention layer, as its attribute `_litefocus`.
 
@@ -206,13 +227,17 @@ class PatchedLayer(NamedTuple):
 def focus_set_for(grid: Grid, context: Context, tokens: int, device: torch.device, compiling: bool) -> FocusSet | None:
     """The focus set of a layer's call of `tokens` tokens; None where it stays dense.
 
-    A constant to the compiler, which so needs neither to look into the cache nor to guard it. Compiled code keeps the
-    layer's first sample for all steps.
+    A constant to the compiler, which so needs neither to look into the cache nor to guard it. Where the timestep came
+    in the same trace it holds all samples. Layers that are compiled without their UNet, or behind a graph break, keep
+    their first sample for all steps, as exported ones do.
     """
     call = context.record_call(grid, compiling)
     size = context.layer_size(tokens, grid)
     if size is None or grid.keys_kept(*size) == 1:
         return None
+    trace = current_trace()
+    if trace is not None and trace is _thread.traces.get(context):
+        return grid.focus_set(*size, device, None)
     return grid.focus_set(*size, device, call.sample if call and not compiling else 0)
 
 
@@ -220,18 +245,18 @@ def timestep_hash(timestep: Any) -> int | Tensor:
     """A hash of the timestep; modulo the number of samples, it selects a layer's sample. Regular steps use all samples.
 
     timestep: a number, or a tensor, of which the first element is used. For a tensor on a GPU the hash is a scalar
-    tensor there, since reading it would wait for the device. The hash is 0 in compiled and traced code, and while
-    gradients are recorded, since a checkpointed layer runs again in the backward pass, where the timestep is
+    tensor there, since reading it would wait for the device, and in compiled code. The hash is 0 in traced code, and
+    while gradients are recorded, since a checkpointed layer runs again in the backward pass, where the timestep is
     unknown.
     """
     traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or traced:
+    if torch.is_grad_enabled() or traced:
         return 0
     if isinstance(timestep, Tensor):
         if not timestep.numel() or type(timestep) is not Tensor:
             return 0
         timestep = timestep.detach().reshape(-1)[0]
-        if timestep.device.type == "cpu":
+        if timestep.device.type == "cpu" and not torch.compiler.is_compiling():
             try:
                 timestep = timestep.item()
             except RuntimeError:  # under vmap or make_fx

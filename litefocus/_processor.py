@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from litefocus._compile import assume_constant_result
 from litefocus._context import PatchedLayer, focus_set_for
-from litefocus._grid import Grid
+from litefocus._grid import Grid, choose
 from litefocus.attention import focus_attention
 from litefocus.config import LiteFocusConfig, positive_integer
 from litefocus.focus import FocusSet, FreqAxis
@@ -126,7 +126,8 @@ def focus_set_of_call(
     if layer is not None:
         if grid is None:
             return None
-        return focus_set_for(grid, layer.context, operator.index(tokens), hidden_states.device, compiling)
+        focus = focus_set_for(grid, layer.context, operator.index(tokens), hidden_states.device, compiling)
+        return choose(focus, layer.context.hashed) if focus is not None and focus.keys.ndim == 3 else focus
     return None if processor is None else _own_focus_set(processor, operator.index(tokens), hidden_states.device)
 
 

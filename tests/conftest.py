@@ -37,7 +37,7 @@ def small_grids_focus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def one_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One for all timesteps, as in compiled code; the oracle knows no timesteps either."""
+    """One for all timesteps, as in exported code; the oracle knows no timesteps either."""
     hand_in(monkeypatch, num_samples=1)
 
 

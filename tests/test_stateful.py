@@ -42,7 +42,7 @@ CONFIGS = (
     LiteFocusConfig.paper(seed=2),
     LiteFocusConfig(seed=3, sparse_ratio=0.0),
 )
-# a timestep of which patched UNets draw the sample that compiled ones have at every step
+# a timestep of which patched UNets draw the sample that compiled blocks have at every step
 TIMESTEP = 4
 COPIES = 2  # UNets that are watched at once
 

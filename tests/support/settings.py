@@ -17,7 +17,7 @@ def hand_in(monkeypatch: pytest.MonkeyPatch, **values: int) -> None:
 
 
 def one_sample(model: nn.Module) -> None:
-    """Make every focused layer use its first sample at every step, as compiled code does."""
+    """Make every focused layer use its first sample at every step, as exported code does."""
     for module in model.modules():
         layer = vars(module).get("_litefocus")
         for grid in (layer and layer.grid, getattr(getattr(module, "processor", None), "grid", None)):

@@ -127,7 +127,7 @@ def focus(seed: int = 1, make: Make = small_unet) -> Tensor:
 
 @functools.cache
 def first_sample(make: Make = small_unet) -> Tensor:
-    """The same with the first sample of every layer, as compiled code has it, and code that records gradients."""
+    """The same with the first sample of every layer: of layers compiled alone, and where gradients are recorded."""
     import pytest
 
     with pytest.MonkeyPatch.context() as context:
