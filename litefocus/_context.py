@@ -145,6 +145,8 @@ class Context:
         grid = (operator.index(num_frames), operator.index(freq_bins))  # plain ints under dynamic shapes too
         if torch.compiler.is_compiling():
             _remember(self, *grid)
+            if self.hashed is not None and args[0].requires_grad:  # past the UNet's own hooks
+                self.hashed = 0
             return
         sample = _thread.samples.pop(self, 0)
         if torch.is_grad_enabled() or args[0].requires_grad or self in _thread.differentiable:

@@ -2,6 +2,7 @@
 total downsampling: for others diffusers' own forward logs a line, which breaks the graph without litefocus too.
 """
 
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -159,7 +160,12 @@ def forward_alone(unet: Any) -> Callable[..., Any]:
     return unet
 
 
-ways = pytest.mark.parametrize("way", [wrapped, in_place, forward_alone])
+def past_hooks(unet: Any) -> Callable[..., Any]:
+    compiled_forward: Callable[..., Any] = torch.compile(unet.forward, fullgraph=True, backend="eager")
+    return compiled_forward
+
+
+ways = pytest.mark.parametrize("way", [wrapped, in_place, forward_alone, past_hooks])
 
 
 def patched(make: Callable[[], Any] = small_unet) -> Any:
@@ -203,8 +209,10 @@ def test_where_gradients_are_recorded_a_compiled_unet_keeps_the_first_sample(way
     assert_same(run(unet, latent().requires_grad_(), call=call), first_sample())
 
 
-@ways
-@pytest.mark.parametrize("of_text", [False, True])
+@pytest.mark.parametrize(
+    ("way", "of_text"),
+    [*itertools.product([wrapped, in_place, forward_alone], [False, True]), (past_hooks, False)],  # which see the text
+)
 def test_a_compiled_unet_has_the_gradients_of_a_checkpointed_loss(way: Any, of_text: bool) -> None:
     """A reentrant checkpoint calls the UNet where gradients are off, and again where they are on."""
     call, start = way(patched()), (text() if of_text else latent()).requires_grad_()
