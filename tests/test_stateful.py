@@ -572,7 +572,7 @@ class PromptSequences(RuleBasedStateMachine):
 def test_sequences_of_prompts() -> None:
     for one, other in itertools.combinations([None, 0, 1, 2], 2):
         assert not torch.allclose(scheduled(one), scheduled(other), atol=1e-3)
-    explore(PromptSequences, examples=15, steps=20)
+    explore(PromptSequences, examples=10, steps=20)
 
 
 # --- threads
