@@ -45,7 +45,7 @@ def test_the_notebook_runs_from_any_folder(tmp_path: Path) -> None:
         assert len(text.splitlines()) <= 12, text
         shown += text
     assert bars == 7
-    lengths = re.findall(r"(\d+) s: .* by arithmetic for the small embedded UNet\n", shown)
+    lengths = re.findall(r"(\d+) s: .* less arithmetic for the small embedded UNet\n", shown)
     assert lengths == ["12", "60", "300", "600"]
     assert "the same: True" in shown
     assert sum("<audio" in str(cell.outputs) for cell in cells) == 4

@@ -71,6 +71,17 @@ def test_merging_runs_the_layer_on_half_of_the_tokens() -> None:
     assert not torch.allclose(merged, x)
 
 
+@pytest.mark.parametrize("frames", [256, 300])
+def test_a_call_in_tiles_is_attention_within_them(frames: int) -> None:
+    q, k, v = torch.randn(3, 2, 2, frames * 2, 4)
+    tile = torch.arange(frames * 2) // 64
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=tile[:, None] == tile)
+    torch.testing.assert_close(speed.in_tiles(q, k, v, 64), expected)
+    calls = speed.attention_calls(frames, 2, torch.device("cpu"))
+    torch.testing.assert_close(calls["time tiles"][0](q, k, v), expected)
+    assert (calls["time tiles"][1] == frames / 32) == (frames == 256)
+
+
 @pytest.mark.parametrize("method", [FEW, methods.Published, methods.Tiles, methods.Merged, methods.Peer])
 def test_a_method_is_installed_and_taken_off_again(pipe, method) -> None:
     dense, before = step(pipe, 64), dict(pipe.unet.attn_processors)
@@ -141,9 +152,12 @@ def test_a_call_and_a_step_are_measured(tmp_path: Path, capsys: pytest.CaptureFi
         base, interval = speed.CACHED[method]
         assert steps[seconds, method]["median"] > steps[seconds, base]["median"] / interval
         assert steps[seconds, method]["flop_ratio"] is None
-    assert {row["method"] for row in rows if row["model"] == "attention call"} >= {"no window", "published arithmetic"}
+    assert {row["method"] for row in rows if row["model"] == "attention call, 8 bins"} >= {
+        "no window",
+        "published arithmetic",
+    }
     assert "| 1 s | litefocus |" in (tmp_path / "all.md").read_text()
-    assert "one attention call, 1 s of audio" in capsys.readouterr().out
+    assert "one attention call, 8 bins, 1 s of audio" in capsys.readouterr().out
 
 
 def test_a_gpu_run_goes_on_after_what_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,9 @@ CACHED = {
 MODELS = ("audioldm2", "tango", "small")  # the last to see that everything works
 HOWS = ("eager", "compiled", "CUDA graph")
 PUBLISHED_SECONDS = 40.0  # above, the published arithmetic is left out: its scores take gigabytes a layer
+PUBLISHED_TOKENS = 4096  # of a call of 8 bins at that length
 BATCH = 2  # classifier-free guidance
+WIDTHS = {8: 256, 4: 384, 2: 640}  # channels of AudioLDM 2's attention layers, by their frequency bins
 KEY = ("model", "seconds", "method", "device", "dtype")  # what a row is about
 
 
@@ -67,6 +69,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="METHOD",
         help=f"of step: {', '.join(methods)}",
     )
+    add("--bins", nargs="+", type=int, choices=WIDTHS, default=[8], help="of call (default: %(default)s)")
     add("--how", choices=HOWS, default="eager", help="of step (default: %(default)s)")
     add("--sum-above", type=float, default=160.0, help="on a CPU, longer steps are summed up from layers")
     add("--rounds", type=int, default=3, help="default: %(default)s")
@@ -105,6 +108,8 @@ with interruptible():
 
     import litefocus
     from litefocus import LiteFocusConfig, focus_attention, focus_set
+    from litefocus._grid import halved
+    from litefocus._probe import NATIVE_FRAMES
 
 WAYS: dict[str, Method] = {
     "dense": None,
@@ -257,41 +262,54 @@ def rows_of(
 
 # ------------------------------------------------------------------------------------------------- one attention call
 
-HEADS, HEAD_DIM, FREQ_BINS = 8, 32, 8  # of AudioLDM 2, where most of its time goes
-FRAMES_PER_SECOND = 12.8  # at that level, in the paper's count: 1024 frames at 80 s
+HEADS = 8
+CALL = "attention call, {} bins"
 
 
-def attention_calls(seconds: float, device: torch.device) -> dict[str, tuple[Callable[..., Tensor], float]]:
+def in_tiles(query: Tensor, key: Tensor, value: Tensor, size: int) -> Tensor:
+    """Dense attention in tiles of `size` tokens, whole ones side by side in the batch, and the rest."""
+    whole = query.shape[2] // size * size
+    tiles = (x[:, :, :whole].unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    output = F.scaled_dot_product_attention(*tiles).unflatten(0, (len(query), -1)).transpose(1, 2).flatten(2, 3)
+    rest = F.scaled_dot_product_attention(*(x[:, :, whole:] for x in (query, key, value)))
+    return torch.cat([output, rest], dim=2)
+
+
+def attention_calls(frames: int, bins: int, device: torch.device) -> dict[str, tuple[Callable[..., Tensor], float]]:
     """The ways to run one self-attention call, and how many times less arithmetic than dense each needs."""
-    frames = round(seconds * FRAMES_PER_SECOND)
-    tokens = frames * FREQ_BINS
+    tokens, level = frames * bins, int(math.log2(16 // bins))
     calls: dict[str, tuple[Callable[..., Tensor], float]] = {"dense": (F.scaled_dot_product_attention, 1.0)}
-    if seconds <= PUBLISHED_SECONDS:
+    if tokens <= PUBLISHED_TOKENS:
         sample = torch.randperm(tokens, device=device)[: tokens // 10]
         ratio = tokens / (frames + len(sample))
-        calls["published arithmetic"] = functools.partial(published, sample=sample), ratio
+        calls["published arithmetic"] = functools.partial(published, sample=sample, freq_bins=bins), ratio
     settings = {name: way for name, way in WAYS.items() if isinstance(way, LiteFocusConfig)}
     settings["no window"] = LiteFocusConfig(time_window=None, min_sampled=0)  # the paper's sets, weighted
     for name, config in settings.items():
-        if config.time_window is not None:  # it counts frames of the UNet's input, twice as many as of a grid of 8 bins
-            config = replace(config, time_window=math.ceil(config.time_window / 2))
-        focus = focus_set(frames, FREQ_BINS, config).to(device)
+        if config.time_window is not None:  # it counts frames of the UNet's input
+            config = replace(config, time_window=halved(config.time_window, level))
+        focus = focus_set(frames, bins, config).to(device)
         calls[name] = functools.partial(focus_attention, focus=focus), tokens / focus.keys_per_query
+    native = halved(NATIVE_FRAMES, level)
+    if frames > native:
+        ratio = 1 / Tiles(None, bins, NATIVE_FRAMES).kept(frames)
+        calls["time tiles"] = functools.partial(in_tiles, size=native * bins), ratio
     return calls
 
 
-def call(seconds: float, args: argparse.Namespace, bar: Any) -> list[Row]:
-    """Rows of one attention call."""
+def call(seconds: float, bins: int, args: argparse.Namespace, bar: Any) -> list[Row]:
+    """Rows of one attention call, of `seconds` by the paper's count, in which 80 s are 1024 frames of 8 bins."""
+    frames = round(seconds * 1.6 * bins)
     # as a UNet's projections come: heads within each token; on a GPU not twice the same, which its cache would hold
     copies = 4 if args.device.type == "cuda" else 1
-    shape = BATCH, round(seconds * FRAMES_PER_SECOND) * FREQ_BINS, HEADS, HEAD_DIM
+    shape = BATCH, frames * bins, HEADS, WIDTHS[bins] // HEADS
     kind = {"device": args.device, "dtype": getattr(torch, args.dtype)}
     qkvs = [[torch.randn(*shape, **kind).transpose(1, 2) for _ in range(3)] for _ in range(copies)]
     rotating = itertools.cycle(qkvs)
-    calls = attention_calls(seconds, args.device)
+    calls = attention_calls(frames, bins, args.device)
     runs = {name: lambda run=run: run(*next(rotating)) for name, (run, _) in calls.items()}
-    timed = measure(runs, args, bar)
-    return rows_of("attention call", seconds, timed, {name: ratio for name, (_, ratio) in calls.items()}, args)
+    ratios = {name: ratio for name, (_, ratio) in calls.items()}
+    return rows_of(CALL.format(bins), seconds, measure(runs, args, bar), ratios, args)
 
 
 # ----------------------------------------------------------------------------------------------------- one step
@@ -523,7 +541,7 @@ def gpu(args: argparse.Namespace, add: Callable[..., None], bar: Any) -> None:
     for args.dtype in dict.fromkeys(["float32", *dtypes]):
         check(f"error of focus_attention in {args.dtype}", f"{exactness(args):.1e}")
     for args.dtype, seconds in itertools.product(dtypes, lengths):
-        part(f"call, {args.dtype}, {seconds:g} s", functools.partial(call, seconds, args, bar), needs=30)
+        part(f"call, {args.dtype}, {seconds:g} s", functools.partial(call, seconds, 8, args, bar), needs=30)
     for args.how, args.dtype, seconds in itertools.product(("eager", "CUDA graph", "compiled"), dtypes, lengths):
         if args.how != "eager":
             args.methods = ["dense", "litefocus"]
@@ -589,9 +607,10 @@ def page(record: dict[str, list[Row]], picture: str) -> str:
     order = {method: place for place, method in enumerate((*METHODS, *CACHED))}
     rows = sorted(record["rows"], key=lambda row: (row["seconds"], order.get(row["method"], len(order))))
     groups = by(rows, "model", "device", "dtype")
-    for model, device, dtype in sorted(groups, key=lambda key: [*MODELS, "attention call"].index(key[0])):
+    calls = [CALL.format(bins) for bins in WIDTHS]
+    for model, device, dtype in sorted(groups, key=lambda key: [*MODELS, *calls].index(key[0])):
         of = groups[model, device, dtype]
-        what = "One attention call of AudioLDM 2 (8 bins)" if model == "attention call" else f"One step of {model}"
+        what = f"One {model} of AudioLDM 2" if model in calls else f"One step of {model}"
         lines += [f"## {what}, {dtype} on {device.upper()}", "", figures(of)]
         if any(row["summed"] for row in of):
             lines += ["\\* summed up: one layer of every kind counts for all of its kind.", ""]
@@ -669,9 +688,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.what == "gpu":
             gpu(args, add, bar)
         elif args.what == "call":
-            for seconds in args.seconds:
-                tqdm.write(f"one attention call, {seconds:g} s of audio")
-                add("rows", call(seconds, args, bar))
+            for seconds, bins in itertools.product(args.seconds, args.bins):
+                tqdm.write(f"one attention call, {bins} bins, {seconds:g} s of audio")
+                add("rows", call(seconds, bins, args, bar))
         else:
             for model, seconds in itertools.product(args.models, args.seconds):
                 tqdm.write(f"one step of {model}")
