@@ -7,14 +7,14 @@
 
 Models have their published widths and random weights: speed does not depend on the weights. A step is one call of the
 UNet with classifier-free guidance (batch 2). Methods alternate within a round, since machines drift; ratios are of the
-medians of one run. On a CPU, seconds are CPU seconds, with several threads the clock's; on CUDA, the device's own,
-between events. `DeepCache N` is the mean of a full step and N - 1 cached ones. `--output NAME` adds the figures to
-NAME.json, in place of older ones of the same thing, and writes NAME.md and NAME.png anew.
+medians of one run. On a CPU, seconds are CPU seconds with one thread and wall time with several; on CUDA, the device's
+own, between events. `DeepCache N` is the mean of a full step and N - 1 cached ones. `--output NAME` adds the figures
+to NAME.json, in place of older ones of the same thing, and writes NAME.md and NAME.png anew.
 
 A bare machine with torch still needs `pip install diffusers transformers tomesd tqdm matplotlib scipy soundfile`, this
-repository: `pip install --no-deps -e .`, and for the methods of that name `pip install DeepCache==0.1.1`. `gpu` leaves
-out, and says so, what there is no time for; `gpu --quick --device cpu` runs all of it in small, to see that it works.
-The tests run on the device that LITEFOCUS_TEST_DEVICE names, a GPU where there is one.
+repository: `pip install --no-deps -e .`, and for DeepCache `pip install DeepCache==0.1.1`. `gpu` leaves out, and says
+so, what there is no time for; `gpu --quick --device cpu` runs all of it in small, to see that it works. The tests run
+on the device that LITEFOCUS_TEST_DEVICE names, a GPU where there is one.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one; gpu: cuda")
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32, on CUDA float16")
     add("--minutes", type=float, default=9.5, help="gpu: how long it may take (default: %(default)s)")
-    add("--quick", action="store_true", help="step: at 20 s, one round; gpu: a small model, two lengths")
+    add("--quick", action="store_true", help="one round, of 20 s; gpu: a small model, two lengths")
     add("--output", type=Path, metavar="NAME", help="write NAME.json, NAME.md and NAME.png")
     args = parser.parse_args(argv)
     words = " ".join(sys.argv[1:] if argv is None else argv)
@@ -148,10 +148,14 @@ class PeakMemory(TorchDispatchMode):
         self.live -= size
 
 
+def clock() -> float:
+    """CPU seconds of this process with one thread, wall time with several."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
-    """CPU seconds of one run, the clock's with several threads; on CUDA the device's, mean of runs that fill QUEUED."""
+    """Seconds of one run by `clock`; on CUDA the device's, the mean over as many runs as fill QUEUED."""
     if device.type != "cuda":
-        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         started = clock()
         run()
         return clock() - started
@@ -169,8 +173,8 @@ def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
     return once if once > QUEUED else between_events(min(50, math.ceil(QUEUED / once)))
 
 
-def first_run(run: Callable[[], Any], device: torch.device, *, compiled: bool = False) -> tuple[float, int]:
-    """Seconds of a first run, and bytes at its peak above what was there before.
+def run_with_peak(run: Callable[[], Any], device: torch.device, *, compiled: bool = False) -> tuple[float, int]:
+    """Seconds of a run, on CUDA of the second, and bytes at its peak above what was there before.
 
     On a CPU the peak of what is compiled cannot be counted, since tensors inside are the compiler's: 0.
     """
@@ -207,8 +211,8 @@ class Timed:
 def measure(runs: dict[str, Callable[[], Any]], args: argparse.Namespace, bar: Any) -> dict[str, Timed]:
     """Time `runs`, which alternate.
 
-    A first round warms up and counts memory. It is one of the rounds where it takes longer than WARM_ENOUGH, unless
-    something was compiled in it.
+    The first round warms up and counts memory. It is timed as well if it took longer than WARM_ENOUGH and compiled
+    nothing.
     """
     timed = {name: Timed() for name in runs}
     for warm_up in (True, *[False] * args.rounds):
@@ -219,7 +223,7 @@ def measure(runs: dict[str, Callable[[], Any]], args: argparse.Namespace, bar: A
             bar.set_postfix_str(name)
             compiled, before = name.endswith("compiled"), page_faults()
             if warm_up:
-                spent, of.peak = first_run(run, args.device, compiled=compiled)
+                spent, of.peak = run_with_peak(run, args.device, compiled=compiled)
             else:
                 spent = seconds_of(run, args.device)
             if not warm_up or (spent > WARM_ENOUGH and not compiled):
@@ -415,29 +419,27 @@ def step(model: str, seconds: float, args: argparse.Namespace, bar: Any) -> list
 
 
 def add_cached(timed: dict[str, Timed], pipes: dict[str, Any], given: dict[str, Any], args: argparse.Namespace) -> None:
-    """Add the methods of CACHED, from the full steps that were measured and a step whose deep features are kept.
-
-    What such a step computes has no self-attention, so it costs the same whatever the full one runs.
-    """
+    """Add the methods of CACHED: means of the full steps that were measured, and of steps whose features are kept."""
     wanted = {name: CACHED[name] for name in args.methods if name in CACHED}
-    if not wanted:
-        return
-    from DeepCache import DeepCacheSDHelper
-
-    pipe = pipes[next(reversed(wanted.values()))[0]]
     sample, timestep, others = given["sample"], given["timestep"], {**given}
     del others["sample"], others["timestep"]
-    pipe.scheduler = SimpleNamespace(timesteps=[0, 1])
-    helper = DeepCacheSDHelper(pipe)
-    helper.set_params(cache_interval=2)
-    helper.enable()
-    full, cached = (functools.partial(pipe.unet, sample, torch.full_like(timestep, i), **others) for i in (0, 1))
-    _, peak = first_run(full, args.device)
-    cached()
-    spent = statistics.median(seconds_of(cached, args.device) for _ in range(args.rounds))
-    helper.disable()
-    for name, (method, interval) in wanted.items():
-        timed[name] = Timed([(each + (interval - 1) * spent) / interval for each in timed[method].seconds], peak=peak)
+    for method in dict.fromkeys(method for method, _ in wanted.values()):
+        from DeepCache import DeepCacheSDHelper
+
+        pipe = pipes[method]
+        pipe.scheduler = SimpleNamespace(timesteps=[0, 1])
+        helper = DeepCacheSDHelper(pipe)
+        helper.set_params(cache_interval=2)
+        helper.enable()
+        full, cached = (functools.partial(pipe.unet, sample, torch.full_like(timestep, i), **others) for i in (0, 1))
+        _, peak = run_with_peak(full, args.device)
+        cached()
+        spent = statistics.median(seconds_of(cached, args.device) for _ in range(args.rounds))
+        helper.disable()
+        for name, (of, interval) in wanted.items():
+            if of == method:
+                seconds = [(each + (interval - 1) * spent) / interval for each in timed[method].seconds]
+                timed[name] = Timed(seconds, peak=peak)
 
 
 def captured(run: Callable[[], Any], device: torch.device) -> Callable[[], Tensor]:
@@ -483,16 +485,16 @@ def summed(
         for layer in counts:
 
             def before(layer: Any, _: Any, spent: dict[Any, float] = spent) -> None:
-                spent[layer] = -time.process_time()
+                spent[layer] = -clock()
 
             def after(layer: Any, _: Any, __: Any, spent: dict[Any, float] = spent) -> None:
-                spent[layer] += time.process_time()
+                spent[layer] += clock()
 
             layer.register_forward_pre_hook(before)
             layer.register_forward_hook(after)
         for _ in range(args.rounds):
             bar.set_postfix_str(method)
-            total, timed[method].peak = first_run(functools.partial(pipe.unet, **given), args.device)
+            total, timed[method].peak = run_with_peak(functools.partial(pipe.unet, **given), args.device)
             rests.append(total - sum(spent.values()))
             timed[method].seconds.append(sum(counts[layer] * spent[layer] for layer in counts))
             bar.update()
@@ -592,14 +594,14 @@ def page(record: dict[str, list[Row]], picture: str) -> str:
     lines = [
         "# Time and memory",
         "",
-        "Written by `examples/evidence/speed.py` (until November 2026 `examples/benchmark.py`), whose first lines say",
-        "how it measures. `ratio` is dense attention's median time over the method's, `FLOP ratio` the same for the",
-        "arithmetic. `paper` is `LiteFocusConfig.paper()`, `published arithmetic` the published code's formula, which",
-        "materialises its scores; time tiles have the native length of 10.24 s; token merging takes half of the tokens",
-        "by tomesd's functions. `DeepCache N` computes the deep layers at one of N steps; its figures are means of N",
-        "steps. In the rows of one attention call, `no window` is the paper's focus sets with weights.",
-        "Seconds on a CPU are CPU seconds, with several threads the clock's; the memory is what a run allocates at its",
-        "peak, on top of its inputs and of the weights. Page faults depend on what the process did before.",
+        "Written by `examples/evidence/speed.py`, whose first lines say how it measures. `ratio` is dense attention's",
+        "median time over the method's, `FLOP ratio` the same for the arithmetic. `paper` is",
+        "`LiteFocusConfig.paper()`, `published arithmetic` the published code's formula, which materialises its",
+        "scores; time tiles have the native length of 10.24 s; token merging takes half of the tokens by tomesd's",
+        "functions. `DeepCache N` computes the deep layers at one of N steps; its figures are means of N steps. In",
+        "the rows of one attention call, `no window` is the paper's focus sets with weights. Seconds on a CPU are CPU",
+        "seconds, with several threads wall time; the memory is what a run allocates at its peak, on top of its",
+        "inputs and of the weights. Page faults depend on what the process did before.",
         "",
     ]
     if picture:
