@@ -1,5 +1,4 @@
-"""Marks for torch.compile: functions whose result is constant or that it leaves alone, tensors of static size. Private
-names of torch.
+"""What torch.compile reads from functions and tensors, and the trace that it is in, by private names of torch.
 
 The public functions for the same load the whole compiler, which takes 2 s; `import litefocus` must not pay that.
 """
@@ -21,7 +20,7 @@ def assume_constant_result(function: Function) -> Function:
 
 
 def current_trace() -> object:
-    """The trace in which torch.compile calls a constant function; None for exporters, and in torch too old to tell."""
+    """The running trace of torch.compile; None outside of one, in an exporter's, and in torch too old to tell them."""
     return None if getattr(compiler, "is_exporting", lambda: True)() else _guards.CompileContext.try_get()
 
 

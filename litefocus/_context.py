@@ -46,7 +46,7 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.calls: weakref.WeakKeyDictionary[Context, Call] = weakref.WeakKeyDictionary()
         self.samples: weakref.WeakKeyDictionary[Context, int | Tensor] = weakref.WeakKeyDictionary()
-        self.differentiable: weakref.WeakSet[Context] = weakref.WeakSet()
+        self.requires_grad: weakref.WeakSet[Context] = weakref.WeakSet()
         self.traces: weakref.WeakKeyDictionary[Context, object] = weakref.WeakKeyDictionary()
 
 
@@ -63,10 +63,10 @@ class Context:
         verb: "patched" or "probed", for messages.
         started, finished: number of the last call that began, and of the last that came to its end.
         sizes: (num_frames, freq_bins) of the calls so far, the newest last.
-        differentiable: whether an input required gradients while they were off, as in a reentrant checkpoint: compiled
+        reentrant: whether an input required gradients while grad mode was off, as in a reentrant checkpoint. Compiled
             code then keeps the first sample.
-        hashed: hash of the timestep, in compiled code alone, from `_note_timestep` to `_end`. Layers read what was put
-            there in their own trace: between graphs it may be that of another thread.
+        hashed: in compiled code, the hash of the timestep, set by `_note_timestep` and cleared by `_end`. A layer reads
+            it in the trace that has set it alone: across a graph break, another thread may have replaced it.
     """
 
     def __init__(self, freq_axis: FreqAxis = "width", freq_bins: int | None = None, verb: str = "patched") -> None:
@@ -76,7 +76,7 @@ class Context:
         self.verb = verb
         self.started = self.finished = 0
         self.sizes: list[tuple[int, int]] = []
-        self.differentiable = False
+        self.reentrant = False
         self.hashed: int | Tensor | None = None
         self._hooks: list[RemovableHandle] = []
 
@@ -86,7 +86,7 @@ class Context:
         return _thread.calls.get(self)
 
     def hook(self, unet: Any) -> None:
-        """Watch the calls of a UNet, once."""
+        """Register the hooks on a UNet, unless they are there."""
         if self._hooks:
             return
         compvis = hasattr(unet, "input_blocks")
@@ -102,7 +102,7 @@ class Context:
             self._hooks.append(time.register_forward_pre_hook(self._note_embedding if compvis else self._note_timestep))
 
     def unhook(self) -> None:
-        """Watch them no longer."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -111,21 +111,21 @@ class Context:
         """Note whether an input requires gradients: a reentrant checkpoint runs twice, first without grad mode."""
         requires_grad = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs)))
         if requires_grad and not torch.is_grad_enabled():
-            self.differentiable = True
+            self.reentrant = True
         if torch.compiler.is_compiling():
             return
-        _thread.differentiable.discard(self)
+        _thread.requires_grad.discard(self)
         if requires_grad:
-            _thread.differentiable.add(self)
+            _thread.requires_grad.add(self)
 
     def _note_timestep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if not torch.compiler.is_compiling() and args:
             _thread.samples[self] = timestep_hash(args[0])
-        elif args and not torch.is_grad_enabled() and not self.differentiable and _note_trace(self):
+        elif args and not torch.is_grad_enabled() and not self.reentrant and _note_trace(self):
             self.hashed = timestep_hash(args[0])
 
     def _note_embedding(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """The authors' UNets embed the timestep in a function: sinusoids (batch, channels), cosines before sines."""
+        """Read the timestep from what the authors' UNets embed it in: sinusoids (batch, channels), cosines first."""
         if args and args[0].numel():
             cosines, sines = args[0].detach()[0].float().chunk(2)
             timestep = torch.atan2(sines[-1], cosines[-1]) * 10000 ** (1 - 1 / len(cosines))  # by the lowest frequency
@@ -142,19 +142,19 @@ class Context:
                 f'freq_bins and freq_axis of its latent: (time, frequency) is freq_axis="width", freq_bins={width}; '
                 f'(frequency, time) is freq_axis="height", freq_bins={height}'
             )
-        grid = (operator.index(num_frames), operator.index(freq_bins))  # plain ints under dynamic shapes too
+        size = (operator.index(num_frames), operator.index(freq_bins))  # plain ints under dynamic shapes too
         if torch.compiler.is_compiling():
-            _remember(self, *grid)
-            if self.hashed is not None and args[0].requires_grad:  # past the UNet's own hooks
+            _remember(self, *size)
+            if self.hashed is not None and args[0].requires_grad:  # of `unet.forward`, which calls no hook of the UNet
                 self.hashed = 0
             return
         sample = _thread.samples.pop(self, 0)
-        if torch.is_grad_enabled() or args[0].requires_grad or self in _thread.differentiable:
+        if torch.is_grad_enabled() or args[0].requires_grad or self in _thread.requires_grad:
             sample = 0
-        _thread.differentiable.discard(self)
-        _remember(self, *grid)
+        _thread.requires_grad.discard(self)
+        _remember(self, *size)
         self.started += 1
-        _thread.calls[self] = Call(grid, sample, self.grids, self.started)
+        _thread.calls[self] = Call(size, sample, self.grids, self.started)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -196,7 +196,8 @@ class Context:
 def _remember(context: Context, num_frames: int, freq_bins: int) -> None:
     """Record the size of a call. A compiler runs this while it traces the UNet, before it reaches the layers."""
     _thread.calls.pop(context, None)  # a call that was interrupted is not this one
-    context.sizes = [*(grid for grid in context.sizes if grid != (num_frames, freq_bins)), (num_frames, freq_bins)]
+    size = (num_frames, freq_bins)
+    context.sizes = [*(each for each in context.sizes if each != size), size]
     del context.sizes[:-SIZES_KEPT]
 
 
@@ -219,7 +220,7 @@ class PatchedLayer(NamedTuple):
 
     @property
     def grid(self) -> Grid | None:
-        """Of the patch in force when the running call began, or else of the one in force now; None without any."""
+        """Of the patch in force when the running call began, else of the present one; None where none is in force."""
         grids = self.context.grids
         call = self.context.call if grids and not torch.compiler.is_compiling() else None
         return (grids if call is None else call.grids).get(self.name)
@@ -229,9 +230,9 @@ class PatchedLayer(NamedTuple):
 def focus_set_for(grid: Grid, context: Context, tokens: int, device: torch.device, compiling: bool) -> FocusSet | None:
     """The focus set of a layer's call of `tokens` tokens; None where it stays dense.
 
-    A constant to the compiler, which so needs neither to look into the cache nor to guard it. Where the timestep came
-    in the same trace it holds all samples. Layers that are compiled without their UNet, or behind a graph break, keep
-    their first sample for all steps, as exported ones do.
+    The compiler takes it as a constant, and neither traces nor guards the cache. It is a set of all samples, for
+    `choose`, if the timestep has come in the same trace. Layers that are compiled without their UNet, or behind a graph
+    break, and exported ones have their first sample at every step.
     """
     call = context.record_call(grid, compiling)
     size = context.layer_size(tokens, grid)
@@ -244,12 +245,12 @@ def focus_set_for(grid: Grid, context: Context, tokens: int, device: torch.devic
 
 
 def timestep_hash(timestep: Any) -> int | Tensor:
-    """A hash of the timestep; modulo the number of samples, it selects a layer's sample. Regular steps use all samples.
+    """A hash of the timestep; modulo the number of samples, it selects a layer's sample. Even steps reach all samples.
 
-    timestep: a number, or a tensor, of which the first element is used. For a tensor on a GPU the hash is a scalar
-    tensor there, since reading it would wait for the device, and in compiled code. The hash is 0 in traced code, and
-    while gradients are recorded, since a checkpointed layer runs again in the backward pass, where the timestep is
-    unknown.
+    timestep: a number, or a tensor, whose first element counts. The hash is an int; for a tensor on a GPU, which would
+    have to be waited for, and in compiled code, a scalar tensor. It is 0 in traced code, for subclasses of tensors, for
+    what is not finite, and while gradients are recorded: a checkpointed layer runs again in the backward pass, where
+    the timestep is unknown.
     """
     traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     if torch.is_grad_enabled() or traced:

@@ -83,9 +83,9 @@ class Grid:
     def focus_set(self, num_frames: int, freq_bins: int, device: torch.device, sample: Any = 0) -> FocusSet:
         """One of the layer's focus sets on `device`; built at the first call that needs it.
 
-        sample: a number, a scalar tensor, or None for all samples where there are several, see `choose`.
+        sample: a number; a scalar tensor, by which `choose` selects without reading it; or None for all samples, with
+            keys (samples, groups, keys_per_query).
         """
-        # a tensor on a GPU is not read: all samples lie there, and it chooses among them
         which: int | None = 0
         if self.num_samples > 1:
             which = sample % self.num_samples if isinstance(sample, int) else None
@@ -103,10 +103,12 @@ class Grid:
 
     def _build(self, num_frames: int, freq_bins: int, device: torch.device, which: int | None) -> _Built:
         """Sample number `which`, or all. Samples of one length share everything but their keys."""
-        size = (num_frames, freq_bins, device)
-        first = next((built.focus for key, built in list(self._built.items()) if key[:3] == size), None)
+        here = (num_frames, freq_bins, device)
+        first = next((built.focus for key, built in list(self._built.items()) if key[:3] == here), None)
         sets = [
-            focus_set(*size[:2], self.local_config, layer=self.name, freq_axis=self.freq_axis, sample=sample)
+            focus_set(
+                num_frames, freq_bins, self.local_config, layer=self.name, freq_axis=self.freq_axis, sample=sample
+            )
             for sample in (range(self.num_samples) if which is None else [which])
         ]
         keys = torch.stack([each.keys for each in sets]).to(device)

@@ -2,8 +2,8 @@
 
 Under a schedule, the pipeline's encoding of its prompt is followed by those of the scheduled ones, along the axis of
 text tokens; every mask, batch and guidance half comes along. A cross-attention layer takes them apart again: it runs
-its own code once for each prompt, on the frames where that prompt counts, and blends the outputs. So do group norms,
-whose moments over a whole clip of several sounds fit none of them: each part is normalized as a clip of its own.
+its own code once for each prompt, on the frames where that prompt counts, and blends the outputs. Group norms too run
+once for each part, as if it were a clip of its own, since the moments of a clip of several sounds fit none of them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def schedule_prompts(
 
     Scheduling again replaces the prompts; `with litefocus.schedule_prompts(pipe, ...):` schedules for the block alone,
     as `patch` does. A call goes by the schedule that was in force when it encoded its prompt. If the last schedule is
-    removed during a call, the rest of that call hears all prompts at once. Compiled UNets run these layers uncompiled.
+    removed during a call, the rest of that call attends to all prompts at once. Compiled UNets run these layers
+    uncompiled.
 
     Args:
         pipe: an AudioLDM 2 pipeline of diffusers, or a Tango, Tango 2 or Mustango object, whose beats and chords stay
@@ -66,9 +67,9 @@ def schedule_prompts(
     Raises:
         TypeError: for AudioLDM and MusicLDM, whose prompt is one class embedding for the whole clip, for every other
             object, and for times and prompts of another type.
-        ValueError: for times that are not finite, not above 0, or twice there, without any, for a `fade` that is
-            negative or longer than a part. At the call, before its first step: for a time beyond the clip, for a list
-            of another length than the batch, and for `prompt_embeds` instead of a prompt.
+        ValueError: for no prompts, for a time that is not finite, not above 0 or there twice, and for a `fade` that is
+            negative, not finite or longer than a part. At the call, before its first step: for a time beyond the clip,
+            for a list of another length than the batch, and for `prompt_embeds` instead of a prompt.
         RuntimeError: at the call, if the method that encodes the prompt was replaced after this.
 
     >>> import litefocus
@@ -127,7 +128,7 @@ def _checked_prompts(prompts: Any) -> tuple[tuple[float, ...], tuple[Any, ...]]:
             raise ValueError(f"times must be finite and above 0 s, where the call's own prompt begins, got {time!r}")
     times = sorted(float(time) for time, _ in pairs)
     if len(set(times)) < max(1, len(times)):
-        raise ValueError(f"prompts must hold at least one, and one for each time, got {prompts!r}")
+        raise ValueError(f"prompts must not be empty, and no two may begin at the same time, got {prompts!r}")
     texts = {float(time): text if isinstance(text, str) else list(text) for time, text in pairs}
     return tuple(times), tuple(texts[time] for time in times)
 
@@ -197,9 +198,9 @@ class Schedule(Setting):
                 "or schedule its prompts earlier"
             )
 
-    def weights(self, num_frames: int, cell: float) -> Any:
-        """(prompts, num_frames) in float64, the call's own prompt first, of frames of `cell` seconds. They sum to 1."""
-        seconds = (np.arange(num_frames) + 0.5) * cell
+    def weights(self, num_frames: int, frame: float) -> Any:
+        """Of every prompt, the call's own first, in every frame: (prompts, num_frames) in float64, columns sum to 1."""
+        seconds = (np.arange(num_frames) + 0.5) * frame
         begun = [(seconds - time) / self.fade if self.fade else seconds >= time for time in self.times]
         risen = [0.5 - 0.5 * np.cos(np.pi * np.clip(share, 0, 1)) for share in begun]
         return -np.diff([np.ones(num_frames), *risen, np.zeros(num_frames)], axis=0)
@@ -228,7 +229,7 @@ class _Scope:
 
     @not_compiled
     def _begin(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A call without the contexts of the schedule is another's, and ends it. RuntimeError where it is not."""
+        """Forget what was encoded where a call does not bring it: RuntimeError if it should, else it is another's."""
         encoding = _thread.encodings.get(self)
         if encoding is None:
             return
@@ -246,8 +247,8 @@ class _Scope:
 class _Encoding:
     """What a call's prompts were encoded to, in its thread.
 
-    shapes: (tokens, width) of the contexts that layers of the call are given; none yet when it begins. awaited: by a
-    call of the pipeline that has not come to its UNet.
+    shapes: (tokens, width) of the joined contexts; none before they are encoded. awaited: a call of the pipeline has
+    begun, and has not come to its UNet.
     """
 
     def __init__(self, schedule: Schedule, joined: Iterable[Tensor], awaited: bool) -> None:
@@ -256,20 +257,20 @@ class _Encoding:
         self._spans: dict[tuple[int, int], list[tuple[int, int, Tensor]]] = {}
 
     def spans(self, num_frames: int, level: int, like: Tensor) -> list[tuple[int, int, Tensor]]:
-        """First and last frame of each prompt on a layer's grid, and its weights there, (frames, 1) like `like`."""
+        """Of each prompt, where its frames start and stop on a layer's grid, and its weights there, (frames, 1)."""
         if (num_frames, level) not in self._spans:
-            cell = self.schedule.geometry.latent_frame * 2**level
-            self.schedule.check_length(num_frames * cell)
+            frame = self.schedule.geometry.latent_frame * 2**level  # in seconds
+            self.schedule.check_length(num_frames * frame)
             spans = []
-            for weights in self.schedule.weights(num_frames, cell):
-                first, last = np.flatnonzero(weights)[[0, -1]] + [0, 1] if weights.any() else (0, 0)
-                spans.append((int(first), int(last), torch.from_numpy(weights[first:last, None]).to(like)))
+            for weights in self.schedule.weights(num_frames, frame):
+                start, stop = np.flatnonzero(weights)[[0, -1]] + [0, 1] if weights.any() else (0, 0)
+                spans.append((int(start), int(stop), torch.from_numpy(weights[start:stop, None]).to(like)))
             self._spans[num_frames, level] = spans
         return self._spans[num_frames, level]
 
 
 class _Thread(threading.local):
-    """Of one thread: what its last call under a schedule has encoded, by UNet. encodes: that it does so now."""
+    """Of one thread: what its last call under a schedule has encoded, by UNet; `encodes`, whether it does so now."""
 
     encodes = False
 
@@ -285,18 +286,18 @@ class _Wrapper(Wrapper):
 
     @property
     def schedule(self) -> Schedule | None:
-        """That counts."""
+        """In force, None if this wrapper does not act."""
         return _schedule_on(self.owner) if self.acts else None
 
     @property
     def scope(self) -> _Scope:
-        """Of the UNet that belongs to what encodes the prompt."""
+        """Of its UNet."""
         scope: _Scope = vars(resolve(self.owner).unet)["_litefocus_scope"]
         return scope
 
 
 class _Beginning(_Wrapper):
-    """Around a method that a call begins with: is told, or knows, the length of the clip before anything is done."""
+    """Around a method that a call begins with: checks the length of the clip before anything is computed."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         schedule = self.schedule
@@ -318,7 +319,7 @@ class _Encoder(_Wrapper):
         schedule = None if _thread.encodes else self.schedule  # one of these methods may call another
         outer = vars(self.owner).get("encode_text_classifier_free")
         if schedule is None or (self.method == "encode_text" and not isinstance(outer, _Encoder)):
-            return self.call(*args, **kwargs)  # what has replaced the outer one would take the joined for one prompt
+            return self.call(*args, **kwargs)  # a replaced encode_text_classifier_free would take them for one prompt
         own = args[0] if args else kwargs.pop("prompt", None)
         if own is None:
             raise ValueError(
@@ -329,7 +330,7 @@ class _Encoder(_Wrapper):
         awaited = scope in _thread.encodings and _thread.encodings.pop(scope).awaited
         _thread.encodes = True
         try:
-            prompts = [own, *map(_like(own), schedule.prompts)]
+            prompts = [own, *(_like(prompt, own) for prompt in schedule.prompts)]
             encoded = [self.call(prompt, *args[1:], **kwargs) for prompt in prompts]
         finally:
             _thread.encodes = False
@@ -338,17 +339,13 @@ class _Encoder(_Wrapper):
         return joined
 
 
-def _like(own: str | list[str]) -> Callable[[str | list[str]], str | list[str]]:
-    """Makes of a scheduled prompt what the call's own is: a string, or as many in a list."""
-
-    def alike(prompt: str | list[str]) -> str | list[str]:
-        count = 1 if isinstance(own, str) else len(own)
-        each = [prompt] * count if isinstance(prompt, str) else prompt
-        if len(each) != count:
-            raise ValueError(f"{len(each)} prompts are scheduled at once, {each!r}, and the call brings {count}")
-        return each[0] if isinstance(own, str) else each
-
-    return alike
+def _like(prompt: str | list[str], own: str | list[str]) -> str | list[str]:
+    """A scheduled prompt in the form of the call's own: a string, or as many in a list."""
+    count = 1 if isinstance(own, str) else len(own)
+    each = [prompt] * count if isinstance(prompt, str) else prompt
+    if len(each) != count:
+        raise ValueError(f"{len(each)} prompts are scheduled at once, {each!r}, and the call brings {count}")
+    return each[0] if isinstance(own, str) else each
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
@@ -380,23 +377,23 @@ class _Layer(Wrapper):
     def blended(
         self, encoding: _Encoding, x: Tensor, dim: int, bins: int, run: Callable[[int, Tensor], Tensor]
     ) -> Tensor:
-        """What `run` makes for every prompt, by its number, of `x` where it counts. A frame is `bins` long in `dim`."""
+        """Run `run(number, part)` on each prompt's frames of `x`, and cross-fade. A frame is `bins` long in `dim`."""
         parts: list[Tensor] = []
         end = 0
         spans = encoding.spans(x.shape[dim] // bins, self.level, x)
-        for number, (first, last, weight) in enumerate(spans):
-            if first == last:
+        for number, (start, stop, weight) in enumerate(spans):
+            if start == stop:
                 continue
-            part = run(number, x.narrow(dim, first * bins, (last - first) * bins))
-            if (fade := (end - first) * bins) > 0:  # these frames belong to the prompt before, too
+            part = run(number, x.narrow(dim, start * bins, (stop - start) * bins))
+            if (fade := (end - start) * bins) > 0:  # these frames belong to the prompt before, too
                 before = parts.pop()
                 kept = before.shape[dim] - fade
-                share = weight[: end - first].repeat_interleave(bins, dim=0).to(part)
+                share = weight[: end - start].repeat_interleave(bins, dim=0).to(part)
                 parts.append(before.narrow(dim, 0, kept))
                 parts.append(torch.lerp(before.narrow(dim, kept, fade), part.narrow(dim, 0, fade), share))
                 part = part.narrow(dim, fade, part.shape[dim] - fade)
             parts.append(part)
-            end = last
+            end = stop
         return torch.cat(parts, dim=dim)
 
 
@@ -412,7 +409,7 @@ class _Norm(_Layer):
 
 
 class _Attention(_Layer):
-    """Around cross-attention. Calls with other contexts than those of the schedule pass."""
+    """Around cross-attention. Calls with other contexts than those of the schedule pass unchanged."""
 
     @not_compiled
     def __call__(

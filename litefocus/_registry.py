@@ -1,7 +1,7 @@
-"""The settings that are in force on a module: of `patch`, `tile_decoding`, `schedule_prompts` and `set_duration`.
+"""The settings of a module: those that `patch`, `tile_decoding`, `schedule_prompts` and `set_duration` have made.
 
 They are kept in the module's `__dict__`, by kind, oldest first, so they are copied and pickled with it. The newest of a
-kind is in force. Handles add and remove them.
+kind is in force. The first three functions return a handle, which removes what it has added.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def put(module: Any, setting: Setting) -> None:
     with _lock:
         setting.install(module)
         settings = vars(module).setdefault(f"_litefocus_{setting.kind}", [])
-        # A setting whose handle is gone cannot be removed alone. Of such settings since the last block began, only the
-        # newest can be in force again; the others are dropped to free memory.
+        # A setting whose handle was collected cannot be removed by it. Of such settings in the innermost block, the
+        # newest alone can come back into force; the others are dropped to free memory.
         held = {handle._setting for handle in _handles}
         begin = 1 + max((i for i, old in enumerate(settings) if old.entered), default=-1)
         forgotten = [old for old in settings[begin:] if old not in held]
@@ -91,20 +91,20 @@ class Wrapper:
 
     @property
     def acts(self) -> bool:
-        """Whether this one counts, also where something else has wrapped it: not after `unwrap`, nor under a newer."""
+        """Whether this is the method's wrapper now, in its place or inside of what others have wrapped it in."""
         return vars(self.owner).get("_litefocus_wrappers", {}).get(self.method) is self
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        """What the method returns."""
+        """Call the method itself."""
         if self.original is not None:
             return self.original(*args, **kwargs)
         return getattr(type(self.owner), self.method)(self.owner, *args, **kwargs)
 
 
-def wrap(owner: Any, method: str, kind: Callable[[Any, str], Wrapper]) -> None:
+def wrap(owner: Any, method: str, make: Callable[[Any, str], Wrapper]) -> None:
     """Wrap a method, around whatever wraps it already; a wrapper that is in its place acts again."""
     here = vars(owner).get(method)
-    wrapper = here if isinstance(here, Wrapper) else kind(owner, method)
+    wrapper = here if isinstance(here, Wrapper) else make(owner, method)
     vars(owner)["_litefocus_wrappers"] = {**vars(owner).get("_litefocus_wrappers", {}), method: wrapper}
     vars(owner)[method] = wrapper
 
@@ -148,9 +148,9 @@ class Handle:
         return [module for module in (reference() for reference in self._modules) if module is not None]
 
     def remove(self) -> None:
-        """Remove this setting, also if it is not the newest; for a `with` block, also the settings made inside of it.
+        """Remove this setting, even if it is not the newest. The newest that is left is then in force.
 
-        The newest setting that is left, which may be that of a newer block, is then in force.
+        If it began a `with` block, the settings that were made in the block go too, up to the next block that began.
         """
         with _lock:
             self._setting.removed = True
@@ -164,7 +164,10 @@ class Handle:
                     _keep(module, self._setting.kind, settings[:first] + settings[last:])
 
     def __enter__(self: H) -> H:
-        """Begin a block, once. Raises RuntimeError if this one was removed, or entered before."""
+        """Begin a block, once; this setting is then the newest.
+
+        Raises RuntimeError if it was removed or entered before, or if its pipeline is gone.
+        """
         with _lock:
             modules = self._alive()
             if self._setting.removed or self._setting.entered or not modules:

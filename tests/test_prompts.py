@@ -612,7 +612,7 @@ def test_gradients_flow_with_and_without_checkpoints(tango: Tango) -> None:
 @pytest.mark.parametrize(
     ("prompts", "fade", "kind", "message"),
     [
-        ({}, 2, ValueError, r"prompts must hold at least one, and one for each time, got {}"),
+        ({}, 2, ValueError, r"prompts must not be empty, and no two may begin at the same time, got {}"),
         ("rain", 2, TypeError, "prompts must be a dict of seconds and prompts, or pairs of them, got 'rain'"),
         (7, 2, TypeError, "prompts must be a dict of seconds and prompts, or pairs of them, got 7"),
         ({"20": "rain"}, 2, TypeError, r"times must be numbers of seconds, got '20' \(str\)"),
@@ -620,7 +620,7 @@ def test_gradients_flow_with_and_without_checkpoints(tango: Tango) -> None:
         ({0: "rain"}, 2, ValueError, "times must be finite and above 0 s, where the call's own prompt begins, got 0"),
         ({-1.0: "rain"}, 2, ValueError, "got -1.0"),
         ({math.nan: "rain"}, 2, ValueError, "got nan"),
-        ([(20, "rain"), (20.0, "wind")], 2, ValueError, r"one for each time, got \[\(20, 'rain'\)"),
+        ([(20, "rain"), (20.0, "wind")], 2, ValueError, r"no two may begin at the same time, got \[\(20, 'rain'\)"),
         ({20: 5}, 2, TypeError, "the prompt at 20 s must be a string, or a list of strings, got 5"),
         ({20: ["rain", None]}, 2, TypeError, r"got \['rain', None\]"),
         ({20: []}, 2, TypeError, r"got \[\]"),
