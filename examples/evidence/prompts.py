@@ -8,9 +8,9 @@ every sound alone, from the same noise. Its decoded mel spectrogram is cut into 
 of windows whose class, by the judge, is that of the prompt in force; windows that a fade touches are left out. Around
 a change, windows 0.32 s apart show when the judge stops hearing the old sound and starts hearing the new one. `jump`:
 the largest change of level, in the fade, from one latent frame (40 ms) to the next, relative to the largest one
-elsewhere in the clip; were fades no louder or quieter than the rest, it would be above 1 in as large a share of
-changes as the fade is of the clip. `alone`: `right` of plain clips, each sound counted as often as in the line. `dip`:
-by how many dB the quietest 0.64 s of a fade are below the quietest of the seconds around it.
+elsewhere in the clip; by chance it is above 1 in as large a share of changes as a fade is of the clip, the last figure
+in brackets. `alone`: `right` of patched plain clips of the same length, each sound counted as often as in the line.
+`dip`: by how many dB the quietest 0.64 s of a fade are below the quietest of the 5 s before and after it.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ def cases(parts: int) -> list[tuple[int, ...]]:
     return [(i,) for i in range(12)] if parts == 1 else [(i, (i + step) % 12) for step in (1, 5) for i in range(12)]
 
 
-def name(sounds: tuple[int, ...]) -> str:
+def name_of(sounds: tuple[int, ...]) -> str:
     """Of a case, in the JSON."""
     return " > ".join(CLASS_NAMES[sound] for sound in sounds)
 
 
-def text(sound: int) -> str:
+def prompt_of(sound: int) -> str:
     """A prompt for a class."""
     return f"a {TEMPO_NAMES[sound % 3]} {NOUNS[CLASS_NAMES[sound]][0]}"
 
@@ -89,7 +89,7 @@ def text(sound: int) -> str:
 def generate(pipe: Any, sounds: tuple[int, ...], seconds: float, way: str, seed: int, steps: int) -> torch.Tensor:
     """The decoded mel spectrogram of one clip, (frames, 64)."""
     length = seconds / len(sounds)
-    later = {length * i: text(sound) for i, sound in enumerate(sounds) if i}
+    later = {length * i: prompt_of(sound) for i, sound in enumerate(sounds) if i}
     settings = WAYS[way]
     with contextlib.ExitStack() as stack:
         if settings is not None:
@@ -97,7 +97,7 @@ def generate(pipe: Any, sounds: tuple[int, ...], seconds: float, way: str, seed:
         if later:
             stack.enter_context(litefocus.schedule_prompts(pipe, later, fade=FADE))
         latents = pipe(
-            text(sounds[0]),
+            prompt_of(sounds[0]),
             audio_length_in_s=seconds,
             num_inference_steps=steps,
             guidance_scale=5.0,
@@ -156,11 +156,11 @@ def run(args: argparse.Namespace) -> Iterator[Row]:
         for sounds in cases(parts)[: args.cases]
         for way in (args.ways if parts > 1 else [way for way in args.ways if way != "dense"])
     ]
-    open_ = [plan for plan in planned if (name(plan[0]), *plan[1:], args.steps) not in done]
+    open_ = [plan for plan in planned if (name_of(plan[0]), *plan[1:], args.steps) not in done]
     for sounds, *others in tqdm(open_, mininterval=10):
         seconds = others[0]
         mels = generate(pipe, sounds, *others, args.steps)
-        row = dict(zip(KEY, (name(sounds), *others, args.steps), strict=True))
+        row = dict(zip(KEY, (name_of(sounds), *others, args.steps), strict=True))
         yield {**row, **listen(mels, sounds, seconds), "measured": measured("cpu")}
 
 
@@ -169,9 +169,9 @@ def share(flags: list[bool]) -> float:
     return sum(flags) / len(flags) if flags else float("nan")
 
 
-def first(offsets: list[bool]) -> str:
+def first_offset(flags: list[bool]) -> str:
     """The first of OFFSETS at which something holds, in words."""
-    return next((f"{offset:+.1f} s" for offset, holds in zip(OFFSETS, offsets, strict=True) if holds), "-")
+    return next((f"{offset:+.1f} s" for offset, holds in zip(OFFSETS, flags, strict=True) if holds), "-")
 
 
 def judged(rows: list[Row]) -> list[tuple[int, int, int, list[int]]]:
@@ -206,8 +206,8 @@ def cells(rows: list[Row], alone: list[Row]) -> list[str]:
         *line,
         f"{early:.1%}",
         f"{late:.1%}",
-        first([o > -1 and x < 0.5 for o, x in zip(OFFSETS, old, strict=True)]),
-        first([x >= 0.5 for x in new]),
+        first_offset([o > -1 and x < 0.5 for o, x in zip(OFFSETS, old, strict=True)]),
+        first_offset([x >= 0.5 for x in new]),
         f"{np.median(jumps):.2f} ({over:.0%} above 1, {max(jumps):.2f} at most; {FADE / rows[0]['seconds']:.0%})",
         f"{np.median(dips):.1f} dB (at most {max(dips):.1f})",
     ]
@@ -237,7 +237,7 @@ def page(rows: list[Row], file: str) -> str:
             "",
             f"Written by `python examples/evidence/prompts.py --output examples/evidence/{file}`; the figures are",
             f"those of `{file}.json`. How they are measured is in the docstring of `prompts.py`. Clips of one part are",
-            "plain ones, the ceiling; `alone` is that of a line's sounds. In brackets, a fade's share of the clip. "
+            "plain ones, the ceiling; `alone` is that of a line's sounds. "
             f"Steps: {', '.join(map(str, sorted(steps)))}; seeds: {', '.join(map(str, sorted(seeds)))}.",
             "",
             table(header, lines),

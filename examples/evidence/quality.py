@@ -569,7 +569,7 @@ def screen(pipe: AudioLDM2Pipeline, times: int, args: argparse.Namespace) -> Ite
 
 
 def cells_of(row: dict[str, Any]) -> list[tuple[float, str]]:
-    """(standard errors, metric) by which a row is better than dense, or, where negative, worse. None if it is dense."""
+    """(standard errors, metric) by which a row is better than dense, or, where negative, worse. Empty for dense."""
     if all(row[metric].get("diff_se", 0.0) == 0 for metric in METRICS):
         return []
     found = []

@@ -1,6 +1,6 @@
 """Write the tables of README and of the pages beside this file from the JSON files: no figure is typed by hand.
 
-python examples/evidence/readme.py           # after speed.py and quality.py with --output
+python examples/evidence/readme.py           # after any script of this folder has written its JSON
 python examples/evidence/readme.py --check   # exit code 1 where one of them says something else
 """
 
@@ -83,13 +83,16 @@ def cells(method: str, times: list[Row], sounds: list[Row]) -> Iterator[str]:
 
 
 def worse(method: str, counts: list[Row]) -> str:
-    """In how many comparisons, of all UNets and lengths."""
+    """In how many comparisons, and of what."""
     found = [count for count in counts if count["method"] == method]
-    return f"{method} in {sum(c['worse_2'] for c in found)} of {sum(c['cells'] for c in found)}"
+    unets = {count["model"].split(", ")[0] for count in found}
+    longest = max(length for count in found for length in count["lengths"])
+    share = f"{sum(count['worse_2'] for count in found)} of {sum(count['cells'] for count in found)}"
+    return f"{method} in {share} comparisons ({len(unets)} UNets, up to {longest} times their native length)"
 
 
 def figures() -> str:
-    """What stands between the marks: table, where its figures come from, picture."""
+    """The table of results, and where its figures come from."""
     times = read(HERE / "speed.json", "rows")["rows"]
     evaluation = json.loads((HERE / "quality.json").read_text())
     sounds = evaluation["rows"]
@@ -103,16 +106,13 @@ def figures() -> str:
     machines = " and ".join(dict.fromkeys(row["measured"].split(",")[0] for row in shown))
     date = judged["measured"].split(", ")[-1]
     judgements = [worse(name, evaluation["counts"]) for name in ("litefocus", "paper", "time tiles")]
-    models = len({row["model"].split(", ")[0] for row in sounds})
-    longest = max(row["times"] for row in sounds if row["method"] == "litefocus")
     text = (
         f"A UNet step of AudioLDM 2 at its published widths, with random weights, on a CPU ({machines}): dense in "
         "seconds, the others as speed-up (\\* estimated from FLOPs); 600 s is summed up from layers. Sound: Fréchet "
         "distance of 5 s windows to real ones, lower is better, as difference to dense ± standard error, of "
-        f"{judged['clips']} clips of a small trained model. {models} trained UNets were compared with dense by seven "
-        f"measures, at 1 to {longest} times their native length. Worse by over two standard errors, where 2.3 % are "
-        f"expected by chance: {', '.join(judgements)} comparisons "
-        f"([speed](examples/evidence/speed.md), [sound](examples/evidence/quality.md), {date})."
+        f"{judged['clips']} clips of a small trained model, for whose shorter native length `time_window` is 128. By "
+        "seven measures, worse than dense by over two standard errors, as 2.3 % are by chance: "
+        f"{', '.join(judgements)} ([speed](examples/evidence/speed.md), [sound](examples/evidence/quality.md), {date})."
     )
     return f"{table(header, rows)}\n{wrapped(text)}\n"
 
@@ -132,7 +132,7 @@ def cache() -> str:
     faster = [
         f"{row['ratio']:.1f}x at {row['seconds']:g} s"
         for row in times
-        if (row["model"], row["method"]) == (TIMED, CACHED) and row["seconds"] in SECONDS
+        if (row["model"], row["method"], row["device"]) == (TIMED, CACHED, "cpu") and row["seconds"] in SECONDS
     ]
     header = ["", *(f"{times * quality.CLIP_SECONDS:.0f} s" for times in (1, 4))]
     rows = []
@@ -140,7 +140,10 @@ def cache() -> str:
         found = [row_of(sounds, model=f"{JUDGED}, {steps} steps", method=method, times=times) for times in (1, 4)]
         if any(found):
             rows.append([f"{steps} steps, {method}", *map(judgement, found)])
-    text = f"A step of AudioLDM 2 is then {', '.join(faster)} faster than a dense one, on average of two. Sound:"
+    text = (
+        f"A step of AudioLDM 2 is then, on average of two, {', '.join(faster)} faster than a dense one. Sound of the "
+        "small model, Fréchet distance and loudness, as difference to dense at as many steps:"
+    )
     return f"{wrapped(text)}\n\n{table(header, rows)}"
 
 
@@ -189,7 +192,10 @@ def memory() -> str:
     """What a clip needs beside the weights, by its length."""
     times = read(HERE / "speed.json", "rows")["rows"]
     pipe = speed.decoders()
-    steps = [row_of(times, model=TIMED, method="litefocus", seconds=length, dtype="float32") for length in SECONDS]
+    steps = [
+        row_of(times, model=TIMED, method="litefocus", seconds=length, device="cpu", dtype="float32")
+        for length in SECONDS
+    ]
     rows = {
         "a UNet step, patched": [None if row is None else row["peak_mb"] / 2 * 1e6 for row in steps],
         "its focus sets": [focus_sets(length) for length in SECONDS],
@@ -201,7 +207,7 @@ def memory() -> str:
     cells = [
         [name, *("not measured" if size is None else gibibytes(size) for size in sizes)] for name, sizes in rows.items()
     ]
-    return table(["float16, weights not counted, estimated", *(f"{length:g} s" for length in SECONDS)], cells)
+    return table(["beside the weights; float16, but for AudioSR", *(f"{length:g} s" for length in SECONDS)], cells)
 
 
 def allocator() -> str:
@@ -243,7 +249,8 @@ def main(argv: list[str] | None = None) -> None:
     for file, text in pages().items():
         if args.check and file.read_text() != text:
             sys.exit(f"{file.name} does not say what the JSON files say: python examples/evidence/readme.py")
-        file.write_text(text)
+        if not args.check:
+            file.write_text(text)
 
 
 if __name__ == "__main__":
