@@ -5,8 +5,10 @@ The public functions for the same load the whole compiler, which takes 2 s; `imp
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, _guards, compiler
 
@@ -25,9 +27,18 @@ def current_trace() -> object:
 
 
 def not_compiled(function: Function) -> Function:
-    """As `torch.compiler.disable`: compiled code breaks off, calls `function` as it is, and goes on."""
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return function
+    """As `torch.compiler.disable`, which loads the compiler: so it is called once that is loaded."""
+    disabled: Any = None
+
+    @functools.wraps(function)
+    def uncompiled(*args: Any, **kwargs: Any) -> Any:
+        nonlocal disabled
+        if disabled is None and "torch._dynamo" in sys.modules:
+            disabled = compiler.disable(function)  # type: ignore[no-untyped-call]
+        return (disabled or function)(*args, **kwargs)
+
+    uncompiled._torchdynamo_disable = True  # type: ignore[attr-defined]  # which alone would have `function` compiled
+    return uncompiled  # type: ignore[return-value]
 
 
 def mark_static(tensor: Tensor) -> None:

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -32,12 +33,14 @@ class Call(NamedTuple):
 
     size: (num_frames, freq_bins) of the latent. sample: hash of the timestep, a scalar tensor on a GPU, where reading
     it would wait for the device. grids: those of the patch in force when it began. number: of the call, counted from 1.
+    near: whether layers leave out the far samples of their focus sets.
     """
 
     size: tuple[int, int]
     sample: int | Tensor
     grids: Mapping[str, Grid]
     number: int
+    near: bool
 
 
 class _Thread(threading.local):
@@ -47,6 +50,7 @@ class _Thread(threading.local):
         self.calls: weakref.WeakKeyDictionary[Context, Call] = weakref.WeakKeyDictionary()
         self.samples: weakref.WeakKeyDictionary[Context, int | Tensor] = weakref.WeakKeyDictionary()
         self.requires_grad: weakref.WeakSet[Context] = weakref.WeakSet()
+        self.near: weakref.WeakSet[Context] = weakref.WeakSet()
         self.traces: weakref.WeakKeyDictionary[Context, object] = weakref.WeakKeyDictionary()
 
 
@@ -63,8 +67,8 @@ class Context:
         verb: "patched" or "probed", for messages.
         started, finished: number of the last call that began, and of the last that came to its end.
         sizes: (num_frames, freq_bins) of the calls so far, the newest last.
-        reentrant: whether an input required gradients while grad mode was off, as in a reentrant checkpoint. Compiled
-            code then keeps the first sample.
+        reentrant: whether an input of the last call required gradients while grad mode was off, as in a reentrant
+            checkpoint. Compiled code then keeps the first sample.
         hashed: in compiled code, the hash of the timestep, set by `_note_timestep` and cleared by `_end`. A layer reads
             it in the trace that has set it alone: across a graph break, another thread may have replaced it.
     """
@@ -107,11 +111,14 @@ class Context:
             hook.remove()
         self._hooks = []
 
+    def attend_near(self, near: bool) -> None:
+        """In the next call of this thread, layers leave out their far samples or not. Compiled ones do not."""
+        (_thread.near.add if near else _thread.near.discard)(self)
+
     def _note_gradients(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note whether an input requires gradients: a reentrant checkpoint runs twice, first without grad mode."""
         requires_grad = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs)))
-        if requires_grad and not torch.is_grad_enabled():
-            self.reentrant = True
+        self.reentrant = requires_grad and not torch.is_grad_enabled()
         if torch.compiler.is_compiling():
             return
         _thread.requires_grad.discard(self)
@@ -119,9 +126,10 @@ class Context:
             _thread.requires_grad.add(self)
 
     def _note_timestep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not torch.compiler.is_compiling() and args:
-            _thread.samples[self] = timestep_hash(args[0])
-        elif args and not torch.is_grad_enabled() and not self.reentrant and _note_trace(self):
+        if not torch.compiler.is_compiling():
+            if args:
+                _thread.samples[self] = timestep_hash(args[0])
+        elif _note_trace(self, bool(args) and not torch.is_grad_enabled() and not self.reentrant):
             self.hashed = timestep_hash(args[0])
 
     def _note_embedding(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -148,13 +156,14 @@ class Context:
             if self.hashed is not None and args[0].requires_grad:  # of `unet.forward`, which calls no hook of the UNet
                 self.hashed = 0
             return
-        sample = _thread.samples.pop(self, 0)
+        sample, near = _thread.samples.pop(self, 0), self in _thread.near
         if torch.is_grad_enabled() or args[0].requires_grad or self in _thread.requires_grad:
-            sample = 0
+            sample, near = 0, False  # a layer that runs again in a backward pass knows neither
         _thread.requires_grad.discard(self)
+        _thread.near.discard(self)
         _remember(self, *size)
         self.started += 1
-        _thread.calls[self] = Call(size, sample, self.grids, self.started)
+        _thread.calls[self] = Call(size, sample, self.grids, self.started, near)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -202,9 +211,9 @@ def _remember(context: Context, num_frames: int, freq_bins: int) -> None:
 
 
 @assume_constant_result
-def _note_trace(context: Context) -> bool:
-    """Note in which trace a compiler comes to the timestep; False in those of exporters."""
-    trace = _thread.traces[context] = current_trace()
+def _note_trace(context: Context, rotates: bool) -> bool:
+    """Note in which trace a compiler comes to a timestep by which it rotates; False where it does not."""
+    trace = _thread.traces[context] = current_trace() if rotates else None
     return trace is not None
 
 
@@ -241,7 +250,9 @@ def focus_set_for(grid: Grid, context: Context, tokens: int, device: torch.devic
     trace = current_trace()
     if trace is not None and trace is _thread.traces.get(context):
         return grid.focus_set(*size, device, None)
-    return grid.focus_set(*size, device, call.sample if call and not compiling else 0)
+    if call is None or compiling:
+        return grid.focus_set(*size, device)
+    return grid.focus_set(*size, device, call.sample, call.near)
 
 
 def timestep_hash(timestep: Any) -> int | Tensor:
@@ -258,16 +269,16 @@ def timestep_hash(timestep: Any) -> int | Tensor:
     if isinstance(timestep, Tensor):
         if not timestep.numel() or type(timestep) is not Tensor:
             return 0
-        timestep = timestep.detach().reshape(-1)[0]
+        timestep = timestep.detach().reshape(-1)[0].float()  # MPS has no float64
         if timestep.device.type == "cpu" and not torch.compiler.is_compiling():
             try:
                 timestep = timestep.item()
             except RuntimeError:  # under vmap or make_fx
                 return 0
     if isinstance(timestep, Tensor):
-        return _hash((timestep.float() * 1024).long() & 0xFFFFFFFF)  # float32: MPS has no other
+        return _hash((timestep * 1024).long() & 0xFFFFFFFF)
     if isinstance(timestep, (int, float)) and math.isfinite(timestep):
-        return _hash(int(timestep * 1024) & 0xFFFFFFFF)
+        return _hash(int(float(np.float32(timestep)) * 1024) & 0xFFFFFFFF)
     return 0
 
 

@@ -63,7 +63,7 @@ class Grid:
             self.local_config = replace(config, time_window=halved(config.time_window, level))
         self.why_dense: str | None = None
         self.last_call: float = 0
-        self._built: dict[tuple[int, int, torch.device, int | None], _Built] = {}
+        self._built: dict[tuple[int, int, torch.device, bool, int | None], _Built] = {}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, level={self.level}, config={self.config})"
@@ -80,16 +80,18 @@ class Grid:
         keys = keys_per_query(num_frames, freq_bins, self.local_config)
         return keys / tokens if tokens - keys >= self.min_keys_saved else 1.0
 
-    def focus_set(self, num_frames: int, freq_bins: int, device: torch.device, sample: Any = 0) -> FocusSet:
+    def focus_set(
+        self, num_frames: int, freq_bins: int, device: torch.device, sample: Any = 0, near: bool = False
+    ) -> FocusSet:
         """One of the layer's focus sets on `device`; built at the first call that needs it.
 
         sample: a number; a scalar tensor, by which `choose` selects without reading it; or None for all samples, with
-            keys (samples, groups, keys_per_query).
+            keys (samples, groups, keys_per_query). near: without far samples.
         """
         which: int | None = 0
         if self.num_samples > 1:
             which = sample % self.num_samples if isinstance(sample, int) else None
-        key = (num_frames, freq_bins, device, which)
+        key = (num_frames, freq_bins, device, near, which)
         built = self._built.get(key)
         if built is None:
             with torch.inference_mode(False):  # made in inference mode, they could not serve a later backward pass
@@ -101,14 +103,13 @@ class Grid:
             built.captured = True
         return built.focus if which is not None or sample is None else choose(built.focus, sample)
 
-    def _build(self, num_frames: int, freq_bins: int, device: torch.device, which: int | None) -> _Built:
+    def _build(self, num_frames: int, freq_bins: int, device: torch.device, near: bool, which: int | None) -> _Built:
         """Sample number `which`, or all. Samples of one length share everything but their keys."""
-        here = (num_frames, freq_bins, device)
-        first = next((built.focus for key, built in list(self._built.items()) if key[:3] == here), None)
+        here = (num_frames, freq_bins, device, near)
+        first = next((built.focus for key, built in list(self._built.items()) if key[:4] == here), None)
+        config = replace(self.local_config, far_sampled=0) if near else self.local_config
         sets = [
-            focus_set(
-                num_frames, freq_bins, self.local_config, layer=self.name, freq_axis=self.freq_axis, sample=sample
-            )
+            focus_set(num_frames, freq_bins, config, layer=self.name, freq_axis=self.freq_axis, sample=sample)
             for sample in (range(self.num_samples) if which is None else [which])
         ]
         keys = torch.stack([each.keys for each in sets]).to(device)
@@ -118,7 +119,7 @@ class Grid:
                 mark_static(constant)
         return _Built(focus)
 
-    def _keep(self, key: tuple[int, int, torch.device, int | None], built: _Built) -> None:
+    def _keep(self, key: tuple[int, int, torch.device, bool, int | None], built: _Built) -> None:
         """Keep the newest, and of the others what fits into KEPT_BYTES, and what CUDA graphs read."""
         size = built.nbytes
         for other, old in reversed(list(self._built.items())):

@@ -43,10 +43,11 @@ def patch(
     own processors (PLAIN_PROCESSORS in _layers.py) or is CompVis' CrossAttention. Every other layer stays dense and
     runs its own code: a warning says how many and why, `status` says which.
 
-    All elements of a batch use the sample of the first one's timestep. Compiled, traced and exported code uses one
-    sample at every step, and so do calls that record gradients, reentrant checkpoints included. A reentrant
-    checkpoint is recognised by a UNet input with `requires_grad`; if no input has it, use `use_reentrant=False`. With
-    gradient checkpointing, call `backward()` inside of the `with` block too, since `backward()` runs layers again.
+    All elements of a batch use the sample of the first one's timestep, also in a UNet that is compiled whole. Layers
+    that are compiled apart from it or behind a graph break, traced and exported code use one sample at every step, and
+    so do calls that record gradients, reentrant checkpoints included. A reentrant checkpoint is recognised by a UNet
+    input with `requires_grad`; if no input has it, use `use_reentrant=False`. With gradient checkpointing, call
+    `backward()` inside of the `with` block too, since `backward()` runs layers again.
 
     Args:
         pipe: an AudioLDM, AudioLDM 2 or MusicLDM pipeline of diffusers, a Tango, Tango 2, Mustango or ConsistencyTTA

@@ -127,7 +127,10 @@ def focus_set_of_call(
         if grid is None:
             return None
         focus = focus_set_for(grid, layer.context, operator.index(tokens), hidden_states.device, compiling)
-        return choose(focus, layer.context.hashed) if focus is not None and focus.keys.ndim == 3 else focus
+        if focus is None or focus.keys.ndim == 2:
+            return focus
+        hashed = layer.context.hashed  # None once the call of the UNet is over
+        return choose(focus, 0 if hashed is None else hashed)
     return None if processor is None else _own_focus_set(processor, operator.index(tokens), hidden_states.device)
 
 

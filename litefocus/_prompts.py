@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litefocus._compile import not_compiled
+from litefocus._context import Context
 from litefocus._grid import halved
 from litefocus._layers import blocks, named_modules, self_attention_layers, unwrapped
 from litefocus._registry import Handle, Setting, Wrapper, all_wrapped, current, settings_on, unwrap, wrap
@@ -45,9 +46,10 @@ def schedule_prompts(
 
     From its time on, a prompt fades in over `fade` seconds (raised cosine), and the one before fades out. Every prompt
     is encoded as the call's own is: with its guidance, its negative prompt and its number of waveforms. Prompts act by
-    cross-attention, and every part has group norms of its own, as a clip of one prompt has; self-attention goes on over
-    the whole clip, patched or not, and joins the parts. A step costs what it costs without a schedule, but for the
-    frames of a fade, on which these layers run twice.
+    cross-attention, and every part has group norms of its own, as a clip of one prompt has; self-attention joins the
+    parts. Where patched layers have a time window, they leave out the far sample, which would bring every part the
+    sounds of all others; compiled layers and calls that record gradients keep it. A step costs what it costs without a
+    schedule, but for the frames of a fade, on which cross-attention and norms run twice.
 
     Scheduling again replaces the prompts; `with litefocus.schedule_prompts(pipe, ...):` schedules for the block alone,
     as `patch` does. A call goes by the schedule that was in force when it encoded its prompt. If the last schedule is
@@ -89,7 +91,7 @@ def schedule_prompts(
     owner, geometry = owner_of_prompt(pipe), latent_geometry(pipe)
     if owner is None or geometry is None or geometry.mel_frame is None:
         raise TypeError(_unsupported_reason(pipe))
-    schedule = Schedule(times, texts, float(fade), geometry)
+    schedule = Schedule(times, texts, float(fade), geometry, id(owner))
     return PromptSchedule(type(pipe).__name__, schedule, resolve(pipe).unet, owner)
 
 
@@ -103,7 +105,9 @@ def schedule_of(pipe: Any) -> str | None:
     """What is scheduled on a pipeline, in words; None where nothing is."""
     owner = owner_of_prompt(pipe)
     schedule = _schedule_on(owner)
-    return None if schedule is None or not all_wrapped(owner) else str(schedule)
+    if schedule is None or not all(map(all_wrapped, (owner, *resolve(owner).unet.modules()))):
+        return None
+    return str(schedule)
 
 
 def _schedule_on(owner: Any) -> Schedule | None:
@@ -157,13 +161,14 @@ def _unsupported_reason(pipe: Any) -> str:
 
 @dataclasses.dataclass(eq=False)
 class Schedule(Setting):
-    """Arguments of one `schedule_prompts`. times: ascending. prompts: of these times. geometry: of the model."""
+    """Arguments of one `schedule_prompts`. times: ascending. prompts: of these times. geometry, owner: of the model."""
 
     kind = "prompts"
     times: tuple[float, ...]
     prompts: tuple[str | list[str], ...]
     fade: float
     geometry: LatentGeometry
+    owner: int
 
     def __str__(self) -> str:
         parts = (f"{text!r} from {time:g} s" for time, text in zip(self.times, self.prompts, strict=True))
@@ -229,15 +234,21 @@ class _Scope:
 
     @not_compiled
     def _begin(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forget what was encoded where a call does not bring it: RuntimeError if it should, else it is another's."""
+        """See by its contexts whether a call is the schedule's. RuntimeError if it should be, and without wrappers."""
         encoding = _thread.encodings.get(self)
         if encoding is None:
             return
-        if encoding.shapes and encoding.shapes <= {_shape(x) for x in (*args, *kwargs.values())}:
-            encoding.awaited = False
-            return
-        del _thread.encodings[self]
-        if encoding.awaited:
+        awaited, encoding.awaited = encoding.awaited and encoding.awaited(), None
+        encoding.active = bool(encoding.shapes) and encoding.shapes <= {_shape(x) for x in (*args, *kwargs.values())}
+        context: Context | None = vars(unet).get("_litefocus_context")  # of its patch
+        if context is not None:
+            context.attend_near(encoding.active)
+        if encoding.active and not all(map(all_wrapped, unet.modules())):
+            raise RuntimeError(
+                "prompts are scheduled, and something has put back the forward of a layer, as hooks do that are "
+                "removed; schedule them again, after that"
+            )
+        if awaited is not None and not encoding.active and _runs(awaited):
             raise RuntimeError(
                 "prompts are scheduled, and do not come with this call: a method that encodes its prompt "
                 f"({', '.join(ENCODERS)}) was replaced, or what it returns was changed; schedule them again, after that"
@@ -247,11 +258,13 @@ class _Scope:
 class _Encoding:
     """What a call's prompts were encoded to, in its thread.
 
-    shapes: (tokens, width) of the joined contexts; none before they are encoded. awaited: a call of the pipeline has
-    begun, and has not come to its UNet.
+    shapes: (tokens, width) of the joined contexts; none before they are encoded. awaited: the object whose call has
+    begun, and has not come to its UNet. active: whether the call that runs is that one, and not another's.
     """
 
-    def __init__(self, schedule: Schedule, joined: Iterable[Tensor], awaited: bool) -> None:
+    active = True
+
+    def __init__(self, schedule: Schedule, joined: Iterable[Tensor], awaited: weakref.ref[Any] | None) -> None:
         self.schedule, self.awaited = schedule, awaited
         self.shapes = {tuple(x.shape[1:]) for x in joined}
         self._spans: dict[tuple[int, int], list[tuple[int, int, Tensor]]] = {}
@@ -267,6 +280,14 @@ class _Encoding:
                 spans.append((int(start), int(stop), torch.from_numpy(weights[start:stop, None]).to(like)))
             self._spans[num_frames, level] = spans
         return self._spans[num_frames, level]
+
+
+def _runs(owner: Any) -> bool:
+    """Whether a method of `owner` is on the stack: a call that has failed awaits nothing any more."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_locals.get("self") is not owner:
+        frame = frame.f_back
+    return frame is not None
 
 
 class _Thread(threading.local):
@@ -308,7 +329,8 @@ class _Beginning(_Wrapper):
                 seconds = frames * schedule.geometry.latent_frame
             if seconds is not None:
                 schedule.check_length(seconds)
-            _thread.encodings[self.scope] = _Encoding(schedule, (), awaited=True)
+            # before the method, which may come to the UNet
+            _thread.encodings[self.scope] = _Encoding(schedule, (), weakref.ref(self.owner))
         return self.call(*args, **kwargs)
 
 
@@ -327,7 +349,8 @@ class _Encoder(_Wrapper):
                 "is encoded together with the scheduled ones"
             )
         scope = self.scope
-        awaited = scope in _thread.encodings and _thread.encodings.pop(scope).awaited
+        begun = _thread.encodings.pop(scope, None)
+        awaited = None if begun is None else begun.awaited
         _thread.encodes = True
         try:
             prompts = [own, *(_like(prompt, own) for prompt in schedule.prompts)]
@@ -372,7 +395,8 @@ class _Layer(Wrapper):
     @property
     def encoding(self) -> _Encoding | None:
         """Of the call that runs."""
-        return _thread.encodings.get(self.scope) if self.acts else None
+        encoding = _thread.encodings.get(self.scope) if self.acts else None
+        return encoding if encoding is not None and encoding.active else None
 
     def blended(
         self, encoding: _Encoding, x: Tensor, dim: int, bins: int, run: Callable[[int, Tensor], Tensor]

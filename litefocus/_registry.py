@@ -6,6 +6,7 @@ kind is in force. The first three functions return a handle, which removes what 
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Callable
@@ -21,11 +22,12 @@ _handles: weakref.WeakSet[Handle] = weakref.WeakSet()
 class Setting:
     """Arguments of one call of `patch` or of another such function, and what they do to a module.
 
-    entered: a `with` block began with it. removed: for good.
+    entered: a `with` block began with it. removed: for good. owner: only settings of the same one replace each other.
     """
 
     kind: ClassVar[str]
     entered = removed = False
+    owner: int | None = None
 
     def install(self, module: Any) -> None:
         """Prepare the module for this setting, completely or, after an error, not at all."""
@@ -52,13 +54,14 @@ def put(module: Any, setting: Setting) -> None:
     """Put a setting in force, as the newest."""
     with _lock:
         setting.install(module)
-        settings = vars(module).setdefault(f"_litefocus_{setting.kind}", [])
+        settings = settings_on(module, setting.kind)
         # A setting whose handle was collected cannot be removed by it. Of such settings in the innermost block, the
         # newest alone can come back into force; the others are dropped to free memory.
         held = {handle._setting for handle in _handles}
         begin = 1 + max((i for i, old in enumerate(settings) if old.entered), default=-1)
-        forgotten = [old for old in settings[begin:] if old not in held]
-        settings[:] = [old for old in settings if old is not setting and old not in forgotten[:-1]] + [setting]
+        forgotten = [old for old in settings[begin:] if old not in held and old.owner == setting.owner]
+        kept = [old for old in settings if old is not setting and old not in forgotten[:-1]]
+        vars(module)[f"_litefocus_{setting.kind}"] = [*kept, setting]
         setting.activate(module)
 
 
@@ -72,11 +75,10 @@ def clear(module: Any, kind: str) -> None:
 
 
 def _keep(module: Any, kind: str, kept: list[Any]) -> None:
-    settings = settings_on(module, kind)
     last = current(module, kind)
-    settings[:] = kept
-    if settings:
-        settings[-1].activate(module)
+    if kept:
+        vars(module)[f"_litefocus_{kind}"] = kept
+        kept[-1].activate(module)
     elif last is not None:
         del vars(module)[f"_litefocus_{kind}"]
         last.uninstall(module)
@@ -104,7 +106,7 @@ class Wrapper:
 def wrap(owner: Any, method: str, make: Callable[[Any, str], Wrapper]) -> None:
     """Wrap a method, around whatever wraps it already; a wrapper that is in its place acts again."""
     here = vars(owner).get(method)
-    wrapper = here if isinstance(here, Wrapper) else make(owner, method)
+    wrapper = here if isinstance(here, Wrapper) and here.owner is owner else make(owner, method)
     vars(owner)["_litefocus_wrappers"] = {**vars(owner).get("_litefocus_wrappers", {}), method: wrapper}
     vars(owner)[method] = wrapper
 
@@ -119,8 +121,13 @@ def unwrap(owner: Any) -> None:
 
 
 def all_wrapped(owner: Any) -> bool:
-    """Whether nothing has deleted a wrapper since."""
-    return all(method in vars(owner) for method in vars(owner).get("_litefocus_wrappers", {}))
+    """Whether nothing has deleted a wrapper since, or put back the class' method, as hooks do that are removed."""
+
+    def calls_class(method: str) -> bool:
+        here = vars(owner).get(method)
+        return here is None or getattr(here, "__func__", here) is getattr(type(owner), method, None)
+
+    return not any(map(calls_class, vars(owner).get("_litefocus_wrappers", ())))
 
 
 class Handle:
@@ -158,10 +165,11 @@ class Handle:
                 settings = settings_on(module, self._setting.kind)
                 if self._setting in settings:
                     first = settings.index(self._setting)
-                    last = first + 1
-                    while self._setting.entered and last < len(settings) and not settings[last].entered:
-                        last += 1
-                    _keep(module, self._setting.kind, settings[:first] + settings[last:])
+                    after = settings[first + 1 :]
+                    own = [other for other in after if other.owner == self._setting.owner]
+                    inside = list(itertools.takewhile(lambda other: not other.entered, own))
+                    kept = [other for other in after if not (self._setting.entered and other in inside)]
+                    _keep(module, self._setting.kind, settings[:first] + kept)
 
     def __enter__(self: H) -> H:
         """Begin a block, once; this setting is then the newest.

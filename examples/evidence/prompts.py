@@ -44,14 +44,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-WAYS: dict[str, dict[str, Any] | None] = {  # fields of LiteFocusConfig, None for dense attention
-    "dense": None,
-    "default": {},
-    "window of 512": {"time_window": 512},
-    "no far sample": {"far_sampled": 0},
-    "native window": {"time_window": 128},
-    "native window, no far sample": {"time_window": 128, "far_sampled": 0},
-}
+WAYS: dict[str, dict[str, Any] | None] = {"dense": None, "default": {}}  # fields of LiteFocusConfig, None for dense
 
 if __name__ == "__main__":
     parse()  # `--help` and mistakes are answered before the imports below, which take seconds
