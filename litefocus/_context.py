@@ -40,7 +40,7 @@ class Call(NamedTuple):
     sample: int | Tensor
     grids: Mapping[str, Grid]
     number: int
-    near: bool
+    near: bool = False
 
 
 class _Thread(threading.local):
@@ -118,7 +118,8 @@ class Context:
     def _note_gradients(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note whether an input requires gradients: a reentrant checkpoint runs twice, first without grad mode."""
         requires_grad = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs)))
-        self.reentrant = requires_grad and not torch.is_grad_enabled()
+        if self.reentrant != (reentrant := requires_grad and not torch.is_grad_enabled()):
+            self.reentrant = reentrant  # a side effect, of which exporters warn
         if torch.compiler.is_compiling():
             return
         _thread.requires_grad.discard(self)

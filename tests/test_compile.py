@@ -226,6 +226,35 @@ def test_a_compiled_unet_has_the_gradients_of_a_checkpointed_loss(way: Any, of_t
     assert_same(checkpointed.detach(), first_sample())
 
 
+def test_a_checkpointed_call_does_not_end_the_rotation() -> None:
+    unet, eager = patched(), patched()
+    call = wrapped(unet)
+    for timestep in TIMESTEPS:
+        assert_same(run(unet, latent().requires_grad_(), call=call), first_sample())
+        assert_same(run(unet, timestep=timestep, call=call), run(eager, timestep=timestep))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # by torch's compiler, where it breaks off
+@pytest.mark.parametrize("teacher_first", [False, True])
+def test_a_step_of_distillation_compiled_whole(teacher_first: bool) -> None:
+    """Calls of one UNet with and without gradients in one graph, then a graph break."""
+
+    def distill(unet: Any, timestep: int) -> list[Tensor]:
+        outputs = [step(unet, timestep=timestep)] if not teacher_first else []
+        with torch.no_grad():
+            outputs.append(step(unet, timestep=timestep))
+        if teacher_first:
+            outputs.append(step(unet, timestep=timestep))
+        torch._dynamo.graph_break()
+        return [output * 2 for output in outputs]
+
+    unet, eager = patched(), patched()
+    compiled_step = torch.compile(distill, backend="eager")
+    for timestep in TIMESTEPS:
+        for got, expected in zip(compiled_step(unet, timestep), distill(eager, timestep), strict=True):
+            assert_same(got.detach(), expected.detach())
+
+
 def test_layers_that_are_compiled_apart_from_the_timestep_keep_the_first_sample() -> None:
     """By themselves, also after their UNet was compiled, or behind a graph break."""
     unet, expected = patched(), patched()

@@ -11,6 +11,7 @@ import types
 import weakref
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -453,22 +454,127 @@ def test_a_call_that_would_ignore_the_schedule_is_an_error(change: Any, model: s
     change(owner, method)
     with pytest.raises(RuntimeError, match="prompts are scheduled, and do not come with this call: a method that"):
         run(pipe)
-    if change is delete_encoder:
+    if change is not change_encoding:
         assert schedule_of(pipe) is None
     if change is not change_encoding:
         schedule(pipe)
         assert (run(pipe) == changed).all()
 
 
-def test_a_call_that_failed_disturbs_no_other(pipe: Any) -> None:
-    """Two pipelines, whose UNet is one; the other is not scheduled."""
+def second(pipe: Any) -> Any:
+    """Another pipeline of the same parts."""
     other = AudioLDM2Pipeline(**pipe.components)
     other.set_progress_bar_config(disable=True)
+    return other
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"prompt": ["a", "b", "c"]}, {"callback_steps": 0}, {"num_inference_steps": 2000}, {"latents": "none"}],
+    ids=str,
+)
+def test_a_call_that_failed_disturbs_no_other(options: dict[str, Any], pipe: Any) -> None:
+    """Before its prompt is encoded, then, and before the first step."""
+    other = second(pipe)
     plain = clip(other)
     litefocus.schedule_prompts(pipe, {1.0: ["rain", "wind"]})
-    with pytest.raises(ValueError, match="2 prompts are scheduled at once"):
-        clip(pipe)
+    with pytest.raises((ValueError, AttributeError)):
+        clip(pipe, **{"prompt": ["a", "b"], **options})
     assert torch.equal(clip(other), plain)
+
+
+def test_pipelines_on_one_unet_keep_their_schedules(pipe: Any) -> None:
+    other = second(pipe)
+    plain = clip(pipe)
+    litefocus.schedule_prompts(pipe, {1.0: "rain"})  # without its handle
+    rain = clip(pipe)
+    for prompt in ("wind", "sea"):
+        litefocus.schedule_prompts(other, {1.0: prompt})
+    assert torch.equal(clip(pipe), rain)
+    litefocus.unpatch(pipe)
+    litefocus.unpatch(other)
+    with litefocus.schedule_prompts(pipe, {1.0: "rain"}):
+        handle = litefocus.schedule_prompts(other, {1.0: "rain"})  # of another request
+    assert torch.equal(clip(pipe), plain)
+    assert torch.equal(clip(other), rain)
+    handle.remove()
+    assert not attributes(pipe)
+    assert not attributes(other)
+
+
+def test_a_call_of_the_unet_in_between_does_not_end_the_schedule(pipe: Any) -> None:
+    """A callback makes a preview, say."""
+    contexts = pipe.encode_prompt("a short one", "cpu", 1, True)[0::2]
+
+    def preview(*_: Any) -> None:
+        x = torch.ones(2, 8, 50, 16)
+        previews.append(pipe.unet(x, 7, contexts[1], encoder_hidden_states_1=contexts[0], return_dict=False)[0])
+
+    previews: list[Tensor] = []
+    with torch.no_grad():
+        preview()
+    schedule(pipe)
+    changed = clip(pipe)
+    assert torch.equal(clip(pipe, callback=preview), changed)
+    assert all(torch.equal(preview, previews[0]) for preview in previews)
+    assert len(previews) == 3
+
+
+def accelerate_hooks(unet: nn.Module) -> Any:
+    accelerate.cpu_offload(unet, execution_device=torch.device("cpu"))
+    return lambda: accelerate.hooks.remove_hook_from_module(unet, recurse=True)
+
+
+def forward_set(unet: nn.Module) -> Any:
+    def back() -> None:
+        del unet.conv_norm_out.forward
+
+    return back
+
+
+@pytest.mark.parametrize("hook", [accelerate_hooks, forward_set])
+def test_layers_that_lost_their_wrappers_are_an_error(hook: Any, pipe: Any) -> None:
+    """Hooks that were there before put back what they had replaced."""
+    unhook = hook(pipe.unet)
+    schedule(pipe)
+    changed = clip(pipe)
+    unhook()
+    assert schedule_of(pipe) is None
+    with pytest.raises(RuntimeError, match="something has put back the forward of a layer"):
+        clip(pipe)
+    schedule(pipe)
+    assert torch.equal(clip(pipe), changed)
+
+
+def test_a_shallow_copy_has_its_own_schedule(pipe: Any) -> None:
+    plain = clip(pipe)
+    handle = litefocus.schedule_prompts(pipe, {1.0: "rain"})
+    rain = clip(pipe)
+    twin = copy.copy(pipe)
+    second = litefocus.schedule_prompts(twin, {1.0: "wind"})
+    assert torch.equal(clip(pipe), rain)
+    handle.remove()
+    assert not torch.equal(clip(twin), rain)
+    litefocus.schedule_prompts(twin, {1.0: "rain"})
+    assert torch.equal(clip(twin), rain)
+    assert torch.equal(clip(pipe), plain)
+    second.remove()
+
+
+def test_patched_layers_leave_out_far_samples_under_a_schedule(pipe: Any) -> None:
+    """So that no part has the others' sounds. `near` of other calls, and calls with gradients, keep them."""
+    few = {"time_window": 16, "sparse_ratio": 0.1, "min_sampled": 2}
+    litefocus.patch(pipe, far_sampled=0, **few)
+    with schedule(pipe):
+        near = clip(pipe, seconds=4.0)
+    litefocus.unpatch(pipe)
+    litefocus.patch(pipe, far_sampled=8, **few)
+    with_far = clip(pipe, seconds=4.0)
+    with schedule(pipe):
+        assert torch.equal(clip(pipe, seconds=4.0), near)
+    assert torch.equal(clip(pipe, seconds=4.0), with_far)
+    grids = [layer.grid for layer in (getattr(x, "_litefocus", None) for x in pipe.unet.modules()) if layer]
+    assert any(key[3] for grid in grids for key in grid._built)
 
 
 def test_two_tangos_on_one_unet(tango: Tango) -> None:
@@ -570,6 +676,29 @@ def test_compiled_unets_follow_the_schedule(pipe: Any) -> None:
         with litefocus.schedule_prompts(pipe, {0.7: "a hammer"}, fade=FADE):
             assert (clip(pipe) - changed).abs().max() > 0.1
         torch.testing.assert_close(clip(pipe), changed)
+    torch.testing.assert_close(clip(pipe), plain)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("compiled_part", ["unet", "blocks"])
+def test_compiled_parts_see_whether_a_call_is_scheduled(compiled_part: str, pipe: Any) -> None:
+    """Calls of others, a warm-up say, come first, and in between."""
+    plain = clip(pipe)
+    handle = schedule(pipe)
+    changed = clip(pipe)
+    handle.remove()
+    if compiled_part == "unet":
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+    else:
+        for module in pipe.unet.modules():
+            if isinstance(module, BasicTransformerBlock):
+                module.compile(backend="eager")
+    other = second(pipe)
+    handle = schedule(pipe)
+    for _ in range(2):
+        torch.testing.assert_close(clip(other), plain)
+        torch.testing.assert_close(clip(pipe), changed)
+    handle.remove()
     torch.testing.assert_close(clip(pipe), plain)
     torch._dynamo.reset()
 
