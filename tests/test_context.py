@@ -278,6 +278,14 @@ def test_outside_of_a_unets_call_it_is_the_first(used: list[FocusSet], fails: bo
     assert torch.equal(used[-1].keys, expected_set(unet, 0).keys)
 
 
+@pytest.mark.parametrize("timestep", [249.99999999999997, 332.9999999999999, 0.3, -7.5, 999])
+def test_numbers_and_tensors_of_every_precision_have_one_hash(timestep: float) -> None:
+    """Single precision is all that GPUs and compiled code agree on."""
+    with torch.no_grad():
+        hashes = [timestep_hash(t) for t in (timestep, torch.tensor(timestep), torch.tensor([timestep]).double())]
+    assert len(set(hashes)) == 1
+
+
 @torch.no_grad()
 def test_a_layer_whose_sample_is_a_tensor_computes_the_same(used: list[FocusSet]) -> None:
     unet = patched()
