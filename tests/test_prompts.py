@@ -721,7 +721,10 @@ def test_other_processors_run_too(pipe: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated")  # by what diffusers does for a checkpoint
-def test_gradients_flow_with_and_without_checkpoints(tango: Tango) -> None:
+@pytest.mark.parametrize("patched", [False, True])
+def test_gradients_flow_with_and_without_checkpoints(patched: bool, tango: Tango) -> None:
+    if patched:
+        litefocus.patch(tango, time_window=16, sparse_ratio=0.1, min_sampled=2)
     schedule(tango)
     with torch.no_grad():
         embeds, mask = tango.model.encode_text_classifier_free(["a hammer"], 1)
