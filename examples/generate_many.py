@@ -120,6 +120,7 @@ class Folder:
             self.worker["host"] += f"-{CONTAINER.stat().st_ino}"
         self.ends: dict[Path, int] = {}  # of what was read
         self.held: dict[str, Path] = {}
+        self.tried: tuple[str, Path] | None = None
         path.mkdir(parents=True, exist_ok=True)
         self.log = path / f"records-{platform.node()}.jsonl"
         threading.Thread(target=self.beat, daemon=True).start()
@@ -164,12 +165,14 @@ class Folder:
         """Claim a clip, unless a worker that is alive has claimed it."""
         for number in itertools.count():
             path = self.path / f"{name}.claim-{number}"
+            self.tried = name, path  # Ctrl-C may come between the two lines below
             try:
                 with path.open("x") as file:
                     self.held[name] = path
                     json.dump(self.worker, file)
                 return True
             except FileExistsError:
+                self.tried = None
                 if self.alive(path):
                     return False
 
@@ -186,12 +189,24 @@ class Folder:
         here = CONTAINER.exists() and worker.get("host") == self.worker["host"]
         return quiet < STALE and not (here and not Path(f"/proc/{worker['pid']}").exists())
 
+    def mine(self, claim: Path) -> bool:
+        """Whether a claim is there, and this worker's: Ctrl-C may have come before, or while it was written."""
+        try:
+            return bool(json.loads(claim.read_text()) == self.worker)
+        except FileNotFoundError:
+            return False
+        except ValueError:
+            return True
+
     def close(self) -> None:
         """Give up all claims, and with each those before it, whose workers are gone."""
+        if self.tried and self.mine(self.tried[1]):
+            self.held.setdefault(*self.tried)
         for name, path in self.held.items():
             for number in range(int(path.suffix.rpartition("-")[2]) + 1):
                 (self.path / f"{name}.claim-{number}").unlink(missing_ok=True)
         self.held.clear()
+        self.tried = None
 
 
 def alike(pipe: Any, job: Job) -> tuple[float, int]:

@@ -167,6 +167,28 @@ def test_a_clip_is_claimed_by_one_worker_also_if_it_is_taken_over(tmp_path: Path
     assert folders[1].claim(names[0])
 
 
+@pytest.mark.parametrize(("before", "taken"), [(True, False), (False, False), (True, True)])
+def test_ctrl_c_while_a_clip_is_claimed_leaves_no_claim_and_takes_none(
+    before: bool, taken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes before the file is there, or right after."""
+    folder, make = generate_many.Folder(tmp_path), Path.open
+    if taken:
+        (tmp_path / "a.wav.claim-0").write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+
+    def press(path: Path, *args: Any) -> Any:
+        if not before:
+            make(path, *args).close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "open", press)
+    with pytest.raises(KeyboardInterrupt):
+        folder.claim("a.wav")
+    monkeypatch.undo()
+    folder.close()
+    assert len(claims(tmp_path)) == taken
+
+
 def test_the_claim_of_another_machine_lasts_while_its_worker_shows_that_it_lives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
