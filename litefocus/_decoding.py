@@ -107,7 +107,7 @@ def tiles_of(pipe: Any) -> Tiles | None:
     tiles = [current(owner, "tiles") for owner in owners]
     if None in tiles:
         return None
-    return tiles[0] if all(map(all_wrapped, owners)) else None
+    return tiles[0] if all(all_wrapped(owner, "tiles") for owner in owners) else None
 
 
 def decoding_bytes(pipe: Any, seconds: float, tiles: tuple[float, float] | None = None) -> int | None:
@@ -192,7 +192,7 @@ class Tiles(Setting):
 
     def uninstall(self, module: Any) -> None:
         """Unwrap them. Where a wrapper has to stay, it decodes whole."""
-        unwrap(module)
+        unwrap(module, self.kind)
 
     def frames(self, method: str, x: Tensor) -> tuple[int, int]:
         """Frames of an input, and of a tile at most: of the latent for a VAE, of the mel spectrogram for a vocoder."""
@@ -291,6 +291,8 @@ class TiledDecoding(Handle):
 
 class _Tiled(Wrapper):
     """Calls a method tile by tile; once without tiles in force, or where a newer wrapper has replaced this one."""
+
+    kind = Tiles.kind
 
     def __init__(self, module: Any, method: str) -> None:
         super().__init__(module, method)

@@ -105,7 +105,7 @@ def schedule_of(pipe: Any) -> str | None:
     """What is scheduled on a pipeline, in words; None where nothing is."""
     owner = owner_of_prompt(pipe)
     schedule = _schedule_on(owner)
-    if schedule is None or not all(map(all_wrapped, (owner, *resolve(owner).unet.modules()))):
+    if schedule is None or not all(all_wrapped(x, "prompts") for x in (owner, *resolve(owner).unet.modules())):
         return None
     return str(schedule)
 
@@ -193,7 +193,7 @@ class Schedule(Setting):
         if scope is not None:
             scope.hook.remove()
         for part in module.modules() if scope is not None else (module,):
-            unwrap(part)
+            unwrap(part, self.kind)
 
     def check_length(self, seconds: float) -> None:
         """Raise ValueError where a prompt begins after the end of a clip."""
@@ -243,7 +243,7 @@ class _Scope:
         context: Context | None = vars(unet).get("_litefocus_context")  # of its patch
         if context is not None:
             context.attend_near(encoding.active)
-        if encoding.active and not all(map(all_wrapped, unet.modules())):
+        if encoding.active and not all(all_wrapped(part, "prompts") for part in unet.modules()):
             raise RuntimeError(
                 "prompts are scheduled, and something has put back the forward of a layer, as hooks do that are "
                 "removed; schedule them again, after that"
@@ -304,6 +304,8 @@ _thread = _Thread()
 
 class _Wrapper(Wrapper):
     """Does something else while prompts are scheduled."""
+
+    kind = Schedule.kind
 
     @property
     def schedule(self) -> Schedule | None:
@@ -387,6 +389,8 @@ def _shape(x: Any) -> tuple[int, ...]:
 
 class _Layer(Wrapper):
     """Around `forward` of a layer on a grid of frames, which runs once for every prompt."""
+
+    kind = Schedule.kind
 
     def __init__(self, scope: _Scope, level: int, owner: Any, method: str) -> None:
         super().__init__(owner, method)

@@ -87,6 +87,8 @@ def _keep(module: Any, kind: str, kept: list[Any]) -> None:
 class Wrapper:
     """Stands for a method of one object, in whose `__dict__` it is kept. `wrap` notes it in `_litefocus_wrappers`."""
 
+    kind: ClassVar[str]  # of the settings that it serves; an object may have wrappers of several
+
     def __init__(self, owner: Any, method: str) -> None:
         self.owner, self.method = owner, method
         self.original = vars(owner).get(method)  # None: the method of the class
@@ -111,23 +113,33 @@ def wrap(owner: Any, method: str, make: Callable[[Any, str], Wrapper]) -> None:
     vars(owner)[method] = wrapper
 
 
-def unwrap(owner: Any) -> None:
-    """Put every method back. A wrapper that something else has wrapped since stays, and only calls the method."""
-    for method, wrapper in vars(owner).pop("_litefocus_wrappers", {}).items():
+def _wrappers(owner: Any, kind: str) -> dict[str, Wrapper]:
+    """That act on an object, of one kind."""
+    every = vars(owner).get("_litefocus_wrappers", {})
+    return {method: wrapper for method, wrapper in every.items() if wrapper.kind == kind}
+
+
+def unwrap(owner: Any, kind: str) -> None:
+    """Put back every method of a kind. A wrapper that something else has wrapped since stays, and only calls it."""
+    ours = _wrappers(owner, kind)
+    others = {method: x for method, x in vars(owner).pop("_litefocus_wrappers", {}).items() if method not in ours}
+    if others:
+        vars(owner)["_litefocus_wrappers"] = others
+    for method, wrapper in ours.items():
         if vars(owner).get(method) is wrapper:
             del vars(owner)[method]
             if wrapper.original is not None:
                 vars(owner)[method] = wrapper.original
 
 
-def all_wrapped(owner: Any) -> bool:
+def all_wrapped(owner: Any, kind: str) -> bool:
     """Whether nothing has deleted a wrapper since, or put back the class' method, as hooks do that are removed."""
 
     def calls_class(method: str) -> bool:
         here = vars(owner).get(method)
         return here is None or getattr(here, "__func__", here) is getattr(type(owner), method, None)
 
-    return not any(map(calls_class, vars(owner).get("_litefocus_wrappers", ())))
+    return not any(map(calls_class, _wrappers(owner, kind)))
 
 
 class Handle:

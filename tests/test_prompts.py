@@ -331,6 +331,27 @@ def test_the_newest_schedule_counts_and_blocks_end(pipe: Any) -> None:
     assert not attributes(pipe)
 
 
+@pytest.mark.parametrize("tiled_first", [True, False])
+def test_tiles_and_schedules_do_not_disturb_each_other(tiled_first: bool, pipe: Any) -> None:
+    """Both wrap methods of the pipeline itself."""
+    vocoder, before = record(pipe.vocoder, "forward"), attributes(pipe)
+    switches = [lambda: litefocus.tile_decoding(pipe, seconds=1.28, overlap=0.08), lambda: schedule(pipe)]
+    handles = [switch() for switch in (switches if tiled_first else switches[::-1])]
+    tiles, prompts = handles if tiled_first else handles[::-1]
+    prompts.remove()
+    assert litefocus.status(pipe).tiles is not None
+    pipe("a hammer", audio_length_in_s=3.0, num_inference_steps=1)
+    assert len(vocoder.calls) > 1
+    schedule(pipe)
+    tiles.remove()
+    assert schedule_of(pipe) is not None
+    vocoder.calls.clear()
+    pipe("a hammer", audio_length_in_s=3.0, num_inference_steps=1)
+    assert len(vocoder.calls) == 1
+    litefocus.unpatch(pipe)
+    assert attributes(pipe) == before
+
+
 def test_patches_and_schedules_do_not_disturb_each_other(pipe: Any) -> None:
     dense = clip(pipe)
     patch = litefocus.patch(pipe, sparse_ratio=0.05, min_sampled=2)
