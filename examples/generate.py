@@ -38,7 +38,7 @@ with _cli.interruptible():
 
 def load(args: argparse.Namespace) -> tuple[Any, litefocus.Patch]:
     """The pipeline that the completed options ask for, decoding in tiles and patched, and the patch."""
-    pipe = _cli.load_pipeline(args.model, args.device, args.dtype, args.offload, vars(args).get("step_cache"))
+    pipe = _cli.load_pipeline(args.model, args.device, args.dtype, args.offload)
     if args.tile_decoding:
         litefocus.tile_decoding(pipe)
     return pipe, litefocus.patch(pipe, args.config)
@@ -79,6 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     with _cli.refusing():
         _cli.complete(args)
         pipe, patch = load(args)
+        if args.step_cache:
+            _cli.cache_steps(pipe, args.step_cache)
         if args.at:
             litefocus.schedule_prompts(pipe, args.at, fade=args.fade)
         bound = litefocus.status(pipe, seconds=args.seconds).flops.ratio

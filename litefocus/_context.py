@@ -248,12 +248,11 @@ def focus_set_for(grid: Grid, context: Context, tokens: int, device: torch.devic
     size = context.layer_size(tokens, grid)
     if size is None or grid.keys_kept(*size) == 1:
         return None
-    trace = current_trace()
-    if trace is not None and trace is _thread.traces.get(context):
-        return grid.focus_set(*size, device, None)
-    if call is None or compiling:
-        return grid.focus_set(*size, device)
-    return grid.focus_set(*size, device, call.sample, call.near)
+    if compiling:
+        trace = current_trace()
+        rotates = trace is not None and trace is _thread.traces.get(context)
+        return grid.focus_set(*size, device, None if rotates else 0)
+    return grid.focus_set(*size, device, call.sample, call.near) if call else grid.focus_set(*size, device)
 
 
 def timestep_hash(timestep: Any) -> int | Tensor:

@@ -482,7 +482,7 @@ def test_a_call_that_would_ignore_the_schedule_is_an_error(change: Any, model: s
         assert (run(pipe) == changed).all()
 
 
-def second(pipe: Any) -> Any:
+def beside(pipe: Any) -> Any:
     """Another pipeline of the same parts."""
     other = AudioLDM2Pipeline(**pipe.components)
     other.set_progress_bar_config(disable=True)
@@ -496,7 +496,7 @@ def second(pipe: Any) -> Any:
 )
 def test_a_call_that_failed_disturbs_no_other(options: dict[str, Any], pipe: Any) -> None:
     """Before its prompt is encoded, then, and before the first step."""
-    other = second(pipe)
+    other = beside(pipe)
     plain = clip(other)
     litefocus.schedule_prompts(pipe, {1.0: ["rain", "wind"]})
     with pytest.raises((ValueError, AttributeError)):
@@ -505,7 +505,7 @@ def test_a_call_that_failed_disturbs_no_other(options: dict[str, Any], pipe: Any
 
 
 def test_pipelines_on_one_unet_keep_their_schedules(pipe: Any) -> None:
-    other = second(pipe)
+    other = beside(pipe)
     plain = clip(pipe)
     litefocus.schedule_prompts(pipe, {1.0: "rain"})  # without its handle
     rain = clip(pipe)
@@ -614,8 +614,7 @@ def test_two_tangos_on_one_unet(tango: Tango) -> None:
 
 
 def test_another_pipeline_on_the_same_unet_is_not_scheduled(pipe: Any) -> None:
-    other = AudioLDM2Pipeline(**pipe.components)
-    other.set_progress_bar_config(disable=True)
+    other = beside(pipe)
     plain = clip(other, "abcdefghijkl")
     tokens = [len(pipe.tokenizer_2(text).input_ids) for text in ("abcde", "abcdefghijkl")]
     assert 2 * tokens[0] == tokens[1]  # as many as two prompts have together
@@ -714,7 +713,7 @@ def test_compiled_parts_see_whether_a_call_is_scheduled(compiled_part: str, pipe
         for module in pipe.unet.modules():
             if isinstance(module, BasicTransformerBlock):
                 module.compile(backend="eager")
-    other = second(pipe)
+    other = beside(pipe)
     handle = schedule(pipe)
     for _ in range(2):
         torch.testing.assert_close(clip(other), plain)

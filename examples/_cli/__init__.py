@@ -334,12 +334,8 @@ def on_hub(model: str) -> bool:
     raise ValueError(f"cannot use {model}: no network: {constants.ENDPOINT} does not answer, and no copy is here")
 
 
-def load_pipeline(
-    model: str, device: Any, dtype: str = "float32", offload: bool = False, step_cache: int | None = None
-) -> Any:
+def load_pipeline(model: str, device: Any, dtype: str = "float32", offload: bool = False) -> Any:
     """The pipeline of a folder or a hub id, on `device`; with `offload`, each of its models only while it is at work.
-
-    step_cache: DeepCache computes the deep layers of the UNet at one of so many steps.
 
     Raises ValueError, with one line, where a hub, a folder or a file in it cannot be used.
     """
@@ -363,17 +359,20 @@ def load_pipeline(
         pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=kind, **options)
         if offload:
             pipe.enable_model_cpu_offload(device=device)
-        else:
-            pipe.to(device)
-        if step_cache:
-            from DeepCache import DeepCacheSDHelper
-
-            helper = DeepCacheSDHelper(pipe)
-            helper.set_params(cache_interval=step_cache)
-            helper.enable()
-        return pipe
+            return pipe
+        return pipe.to(device)
     except Exception as error:
         raise ValueError(f"cannot use {model}: {first_line(error)}") from error
+
+
+def cache_steps(pipe: Any, interval: int) -> Any:
+    """Have DeepCache compute the deep layers of the UNet at one of `interval` steps. Returns its helper, to disable."""
+    from DeepCache import DeepCacheSDHelper
+
+    helper = DeepCacheSDHelper(pipe)
+    helper.set_params(cache_interval=interval)
+    helper.enable()
+    return helper
 
 
 def unknown_words(pipe: Any, *prompts: str) -> list[str]:

@@ -90,6 +90,7 @@ if __name__ == "__main__":
     parse()  # `--help` and mistakes are answered before the imports below, which take seconds
 
 with interruptible():
+    import _cli
     import numpy as np
     import numpy.typing as npt
     import torch
@@ -140,11 +141,7 @@ class Method:
         if self.interval == 1:
             yield
             return
-        from DeepCache import DeepCacheSDHelper
-
-        helper = DeepCacheSDHelper(pipe)
-        helper.set_params(cache_interval=self.interval)
-        helper.enable()
+        helper = _cli.cache_steps(pipe, self.interval)
         try:
             yield
         finally:

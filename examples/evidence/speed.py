@@ -96,6 +96,7 @@ if __name__ == "__main__":
     parse()  # `--help` and mistakes are answered before the imports below, which take seconds
 
 with interruptible():
+    import _cli
     import torch
     import torch.nn.functional as F
     from diffusers import AudioLDM2UNet2DConditionModel, AutoencoderKL, UNet2DConditionModel
@@ -424,13 +425,9 @@ def add_cached(timed: dict[str, Timed], pipes: dict[str, Any], given: dict[str, 
     sample, timestep, others = given["sample"], given["timestep"], {**given}
     del others["sample"], others["timestep"]
     for method in dict.fromkeys(method for method, _ in wanted.values()):
-        from DeepCache import DeepCacheSDHelper
-
         pipe = pipes[method]
         pipe.scheduler = SimpleNamespace(timesteps=[0, 1])
-        helper = DeepCacheSDHelper(pipe)
-        helper.set_params(cache_interval=2)
-        helper.enable()
+        helper = _cli.cache_steps(pipe, 2)
         full, cached = (functools.partial(pipe.unet, sample, torch.full_like(timestep, i), **others) for i in (0, 1))
         _, peak = run_with_peak(full, args.device)
         cached()
