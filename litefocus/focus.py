@@ -172,32 +172,31 @@ def focus_set(
     sizes = _sizes(num_frames, config)
     block, window, sampled, _ = sizes
 
-    # token = frame * frame_step + bin * bin_step, by broadcasting over (bin, block, frame)
-    bins = np.arange(freq_bins, dtype=np.int32)[:, None, None]
+    # token = frame * frame_step + bin * bin_step, by broadcasting over (block, bin, frame): groups that follow each other
+    # share a window, whose keys are then still in the processor's cache
+    bins = np.arange(freq_bins, dtype=np.int32)[:, None]
     starts = np.arange(0, num_frames, block, dtype=np.int32).clip(max=num_frames - block)  # first frame of every block
     windows = (starts - (window - block) // 2).clip(0, num_frames - window)  # and of its window
-    queries = (starts[:, None] + np.arange(block, dtype=np.int32)) * frame_step + bins * bin_step
-    own = (windows[:, None] + np.arange(window, dtype=np.int32)) * frame_step + bins * bin_step
+    queries = (starts[:, None, None] + np.arange(block, dtype=np.int32)) * frame_step + bins * bin_step
+    own = (windows[:, None, None] + np.arange(window, dtype=np.int32)) * frame_step + bins * bin_step
     key = f"{config.seed}/{layer}/{num_frames}/{sample}"
     inside, outside, lengths = _sample_frames(num_frames, freq_bins, windows, sizes, key)
-    inside, outside = (frames * frame_step + bins * bin_step for frames in (inside, outside))  # (bins, blocks, frames)
+    inside, outside = (frames * frame_step + bins * bin_step for frames in (inside, outside))
     near, distant = np.split(lengths, [sampled])
 
-    # where frame t of bin f stands: its block, and its place in there
-    in_block = (np.arange(num_frames, dtype=np.int32) // block).clip(max=len(starts) - 1)
-    place = np.arange(num_frames, dtype=np.int32) - starts[in_block]
-    if config.same_frequency:  # a group for every bin and block
+    if config.same_frequency:  # a group for every block and bin
         others = np.array([[g for g in range(freq_bins) if g != f] for f in range(freq_bins)], dtype=np.intp)
         everywhere = np.tile(np.arange(freq_bins), (freq_bins, 1))
         strata = [own, _of_bins(inside, others), _of_bins(outside, everywhere) if sampled else outside]
         times = (freq_bins - 1, freq_bins if sampled else 1)
         weights = np.concatenate([np.ones(window), np.tile(near, times[0]), np.tile(distant, times[1])])
-        position = (bins[:, 0] * len(starts) + in_block) * block + place  # (bins, frames)
     else:  # a group for every block: all its bins share one set
-        queries, *strata = (x.transpose(1, 0, 2).reshape(1, len(starts), -1) for x in (queries, inside, outside))
+        queries, *strata = (x.reshape(len(starts), 1, -1) for x in (queries, inside, outside))
         weights = np.concatenate([np.tile(near, freq_bins), np.tile(distant, freq_bins)])
-        position = (in_block * freq_bins + bins[:, 0]) * block + place
     keys = np.concatenate(strata, axis=2)
+    # where frame t of bin f stands: its block, and its place in there
+    in_block = (np.arange(num_frames, dtype=np.int32) // block).clip(max=len(starts) - 1)
+    position = (in_block * freq_bins + bins) * block + np.arange(num_frames, dtype=np.int32) - starts[in_block]
     inverse = (position.T if freq_axis == "width" else position).reshape(-1)
     weighted = config.reweight and np.ptp(weights) > 0  # equal weights cancel in the softmax
     return FocusSet(
@@ -220,19 +219,18 @@ def _tensor(array: NDArray[Any]) -> Tensor:
 
 
 def _of_bins(sample: Index, others: NDArray[np.intp]) -> Index:
-    """For every bin, the samples of `others` (bins, n) one after the other: (bins, blocks, n * frames of a sample)."""
-    bins, blocks, frames = sample.shape
-    picked: Index = sample[others]  # (bins, n, blocks, frames)
-    joined: Index = picked.transpose(0, 2, 1, 3).reshape(bins, blocks, others.shape[1] * frames)
+    """For every bin, the samples of `others` (bins, n) one after the other: (blocks, bins, n * frames of a sample)."""
+    blocks, bins, frames = sample.shape
+    joined: Index = sample[:, others].reshape(blocks, bins, others.shape[1] * frames)
     return joined
 
 
 def _sample_frames(
     num_frames: int, freq_bins: int, windows: Index, sizes: _Sizes, key: str
 ) -> tuple[Index, Index, Index]:
-    """A random frame of every stratum, for every bin and block: ascending, inside and outside of the block's window.
+    """A random frame of every stratum, for every block and bin: ascending, inside and outside of the block's window.
 
-    (freq_bins, blocks, sampled), (freq_bins, blocks, far), and (sampled + far,): the lengths of the strata, which are
+    (blocks, freq_bins, sampled), (blocks, freq_bins, far), and (sampled + far,): the lengths of the strata, which are
     the inverse sampling probabilities. The raw stream of a NumPy bit generator is the same in every release and on
     every machine.
     """
@@ -245,9 +243,9 @@ def _sample_frames(
     lengths = np.concatenate([np.diff(bound) for bound in bounds]).astype(np.int32)
     # crc32, since hash() of a string differs between processes
     raw = np.random.PCG64(zlib.crc32(key.encode())).random_raw((freq_bins, len(windows), sampled + far))
-    fraction = raw >> np.uint64(32)  # of 2^32
+    fraction = raw.transpose(1, 0, 2) >> np.uint64(32)  # of 2^32
     inside, outside = np.split(
         first + (fraction * lengths.astype(np.uint64) >> np.uint64(32)).astype(np.int32), [sampled], axis=2
     )
-    beyond = outside >= windows[:, None]
-    return inside + windows[:, None], outside + np.int32(window) * beyond, lengths
+    beyond = outside >= windows[:, None, None]
+    return inside + windows[:, None, None], outside + np.int32(window) * beyond, lengths
