@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from support.oracle import bin_and_frame
 
 from litefocus import LiteFocusConfig, focus_set
+from litefocus.focus import FreqAxis
 
 grids = st.tuples(st.integers(1, 40), st.integers(1, 9))
 ratios = st.one_of(st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0]), st.floats(0, 1))
@@ -116,6 +117,14 @@ def test_with_a_time_window_cost_is_linear_in_the_clip() -> None:
     wide = focus_set(4096, 8, LiteFocusConfig.paper(time_window=512))  # blocks of half a window
     assert wide.queries.shape == (8 * 16, 256)
     assert wide.keys.shape == (8 * 16, 768 + 7 * 77)
+
+
+@pytest.mark.parametrize("freq_axis", ["width", "height"])
+def test_groups_of_one_block_follow_each_other(freq_axis: FreqAxis) -> None:
+    """So that the keys they share are in the processor's cache."""
+    focus = focus_set(200, 3, LiteFocusConfig(time_window=16), freq_axis=freq_axis)
+    blocks = (focus.queries // 3 if freq_axis == "width" else focus.queries % 200).view(4, 3, 64)
+    assert (blocks == torch.tensor([0, 64, 128, 136])[:, None, None] + torch.arange(64)).all()
 
 
 def test_blocks_without_same_frequency_sample_their_own_window() -> None:
