@@ -32,7 +32,7 @@ class Grid:
         level: how often the grid was halved on the way from the UNet's input to this layer.
         config: settings, `time_window` in frames of the UNet's input.
         freq_axis: "width" or "height", see `focus_set`.
-        num_samples: samples among which the timestep chooses; 1 where `config.reweight` is False.
+        num_samples: samples among which the timestep chooses.
         min_keys_saved: keys that a focus set must save, else the layer stays dense.
 
     Attributes:
@@ -56,7 +56,7 @@ class Grid:
         self.level = level
         self.config = checked_config(config)
         self.freq_axis: FreqAxis = freq_axis
-        self.num_samples = positive_integer("num_samples", num_samples) if config.reweight else 1
+        self.num_samples = positive_integer("num_samples", num_samples)
         self.min_keys_saved = min_keys_saved
         self.local_config = config  # with the time window in frames of this grid
         if config.time_window is not None:
