@@ -18,7 +18,9 @@ import _cli
 
 PROMPTS = ("a fast tabla rhythm", "a slow drone", "a medium breakbeat", "a slow bell", "a fast robot voice")
 LATER = "one a line, after the seconds at which it begins:\n10: a slow drone\n15: a slow bell"
-ABOUT = "Describe a sound, and get a clip of up to ten minutes, two to ten times faster than with dense attention."
+ABOUT = (
+    "Describe a sound, and get a clip of up to ten minutes. The longer it is, the more is gained over dense attention."
+)
 SMALL = f" The model that runs here is small: it knows {', '.join(_cli.SOUNDS)}, each slow, medium or fast."
 STYLE = """.bar {background: var(--border-color-primary); border-radius: 4px; margin: 6px 0}
 .bar div {background: var(--color-accent); border-radius: 4px; height: 8px; transition: width .2s}

@@ -2,7 +2,7 @@
 
 python examples/generate.py                                     # 20 s from the embedded pipeline
 python examples/generate.py "a slow drone" --at 30 "a slow bell" --seconds 60 --compare
-python examples/generate.py "rain on a tin roof" --model cvssp/audioldm2 --steps 200 --offload
+python examples/generate.py "rain on a tin roof" --model cvssp/audioldm2 --steps 200 --offload    # a GPU
 """
 
 from __future__ import annotations

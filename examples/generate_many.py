@@ -13,7 +13,8 @@ Every clip is a wav, named after its prompt and a digest of prompt, seed and set
 records-HOST.jsonl: its settings, who made it, how long it took, or why it failed. Run the same command again to go on
 where it stopped, to make again what is not as large and long as its record says, and to try again what failed; other
 prompts or settings make further files. A clip depends on its prompt, seed and settings alone, not on the number of
-workers; with --batch-size it differs by rounding from the one made alone. The exit code is 1 where clips failed.
+workers; with --batch-size it differs by rounding from the one made alone. --model as it is written and --dtype are
+settings too, and the default of --dtype is another on a machine without a GPU. The exit code is 1 where clips failed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A long clip from Tango or Tango 2, whose own code makes clips of 10.24 seconds only.
+"""A long clip from Tango 2 (or Tango: --model declare-lab/tango), whose own code makes clips of 10.24 seconds only.
 
     git clone https://github.com/declare-lab/tango && cd tango
     pip install einops librosa progressbar pyyaml scipy torchaudio tqdm    # what its code imports; not its requirements

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from litefocus.focus import FocusSet
 
-# Bytes of keys gathered at once on a CPU: larger temporary tensors cost more in page faults than the gather saves.
+# Bytes of keys gathered at once on a CPU. Larger tensors leave the processor's cache and cost page faults, smaller ones
+# cost more calls: of AudioLDM 2's attention at 80 s and 8 bins, 16 MiB take a third longer.
 SLICE_BYTES = 2 * 2**20
 
 
@@ -66,9 +67,9 @@ def focus_attention(query: Tensor, key: Tensor, value: Tensor, focus: FocusSet) 
         picked = rows.index_select(0, index.flatten())
         return picked.view(*index.shape, heads, rows.shape[1] // heads).transpose(1, 2)
 
-    # Gather whole tokens, all heads at once: 3x faster than head by head, and free of a copy here where the heads come
-    # from a projection, as they do in a UNet. And of all batch elements at once, since torch copies the rows of a
-    # matrix in all threads, those of anything else in one.
+    # Gather whole tokens, all heads at once: 3x faster than head by head (AudioLDM 2 at 80 s), and free of a copy here
+    # where the heads come from a projection, as they do in a UNet. And of all batch elements at once, since torch
+    # copies the rows of a matrix in all threads, those of anything else in one.
     query_rows, key_rows, value_rows = (x.transpose(1, 2).flatten(2).flatten(0, 1) for x in (query, key, value))
     mask = None if focus.log_weights is None else focus.log_weights.to(query.dtype).view(1, 1, 1, -1)
     # one tensor filled slice by slice: collected and concatenated, slices cost a tenth more, in page faults
@@ -93,8 +94,9 @@ def focus_attention(query: Tensor, key: Tensor, value: Tensor, focus: FocusSet) 
 def _groups_at_once(key: Tensor, focus: FocusSet) -> int:
     """Groups of a slice: their keys are at most twice the number of tokens, and on a CPU at most SLICE_BYTES.
 
-    But not under a compiler, which would unroll every slice, nor for a backward pass, which for every slice adds a
-    gradient of all tokens: a training step then takes 0.6 of its time.
+    The second limit does not hold under a compiler, which would unroll every slice, nor where gradients are recorded:
+    the backward pass adds up a gradient of all tokens for every slice. Without it, forward and backward pass of one
+    call (AudioLDM 2, 80 s, 8 bins, CPU) take 0.6 of their time.
     """
     tokens = focus.inverse.shape[0]
     keys = 2 * tokens

@@ -77,8 +77,8 @@ class LiteFocusConfig:
         time_window: length in latent frames, half before and half after a query, of the window in which it attends to
             all of its own bin and to the sample of the others; None for the whole clip. Counted at the UNet's input (25
             frames a second in AudioLDM-style models), halved at every level, clamped at the ends of the clip. A block
-            of queries shares one window, which is wider: 384 frames for 256. Clips up to that length (15 s) have no
-            window. With a window, cost grows linearly with the clip.
+            of queries shares one window, which is wider: 384 frames for 256. Clips up to that length (15 s, at the
+            levels of 4 and 2 bins 20 and 31 s) have no window. With a window, cost grows linearly with the clip.
         far_sampled: frames of every bin (of the own alone, if others are not sampled) that are sampled outside of the
             time window. At 0 a query attends to nothing there.
         min_freq_bins: layers whose grid has fewer frequency bins than this keep dense attention.
@@ -136,7 +136,9 @@ class LiteFocusConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> LiteFocusConfig:
-        """The method as published: no key weights, minimum sample or time window, only layers of at least 8 bins.
+        """The settings as published: no key weights, minimum sample or time window, only layers of at least 8 bins.
+
+        The sample is stratified by bin and time; the published code draws from all tokens at once.
 
         `changes`: fields of `LiteFocusConfig` that replace these values.
 

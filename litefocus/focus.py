@@ -25,7 +25,7 @@ from litefocus.config import LiteFocusConfig, checked_config, positive_integer, 
 FreqAxis = Literal["width", "height"]
 Index = NDArray[np.int32]
 
-MIN_BLOCK = 64  # queries that share a time window: with fewer, fused attention runs at a third of its speed
+MIN_BLOCK = 64  # queries that share a time window: with fewer, fused attention on a CPU runs at a third of its speed
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -125,11 +125,12 @@ def focus_set(
     stretch, about T / c: numerator and denominator of the softmax are then unbiased estimates of dense attention's,
     whatever the attention looks like.
 
-    With a time window, frames are cut into blocks. The queries of a block share a window of n frames, which extends at
-    least `time_window` / 2 to either side of every query, clamped at the ends of the clip. A set then has three
-    parts: the n frames of the own bin (weight 1), c of n of every other bin (about n / c), and m = `far_sampled` of
-    the T - n frames outside of the window of every bin, the own included (about (T - n) / m). The last block ends with
-    the clip, and overlaps the one before where the clip is no multiple of a block.
+    With a time window, h = ceil(time_window / 2), frames are cut into blocks of b = max(64, h). The queries of a block
+    share a window of n = b + 2 h frames, which extends at least h to either side of every query, clamped at the ends of
+    the clip; a clip of up to n frames has none. A set then has three parts: the n frames of the own bin (weight 1), c
+    of n of every other bin (about n / c; c is as above, with n for T), and m = `far_sampled` of the T - n frames
+    outside of the window of every bin, the own included (about (T - n) / m). The last block ends with the clip, and
+    overlaps the one before where the clip is no multiple of a block.
 
     Without other bins (`cross_frequency=False` or `sparse_ratio=0`) the far sample is of the own bin alone; with
     `same_frequency=False` the own bin is sampled like all others.
@@ -151,9 +152,9 @@ def focus_set(
             unlike `patch`, this function takes settings in `config` alone.
         ValueError: for sizes below 1 and for an unknown `freq_axis`.
 
-    Source: LiteFocus, arXiv 2407.10468, as an exact set union, where the published code counts a sampled key of the
-    query's own bin twice; `LiteFocusConfig.paper()` has its settings. Weights, time windows and far samples are
-    additions of this library.
+    Source: LiteFocus, arXiv 2407.10468. The published code samples tokens of all bins at once, and counts those of the
+    query's own bin twice; this is an exact set union. `LiteFocusConfig.paper()` has its settings. Stratified samples,
+    weights, time windows and far samples are additions of this library.
 
     >>> focus = focus_set(num_frames=100, freq_bins=4, config=LiteFocusConfig(sparse_ratio=0.2, min_sampled=0))
     >>> focus.queries.shape, focus.keys.shape, focus.inverse.shape
@@ -172,8 +173,8 @@ def focus_set(
     sizes = _sizes(num_frames, config)
     block, window, sampled, _ = sizes
 
-    # token = frame * frame_step + bin * bin_step, by broadcasting over (block, bin, frame): groups that follow each other
-    # share a window, whose keys are then still in the processor's cache
+    # token = frame * frame_step + bin * bin_step, by broadcasting over (block, bin, frame), so that groups that follow
+    # each other share a window, whose keys are then still in the processor's cache
     bins = np.arange(freq_bins, dtype=np.int32)[:, None]
     starts = np.arange(0, num_frames, block, dtype=np.int32).clip(max=num_frames - block)  # first frame of every block
     windows = (starts - (window - block) // 2).clip(0, num_frames - window)  # and of its window

@@ -125,9 +125,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         add = self.add_argument
         add("--seconds", type=float, default=20.0, help="length of a clip (default: %(default)s)")
-        add("--model", default=str(EMBEDDED), help="folder or hub id (default: the embedded pipeline)")
+        add("--model", default=str(EMBEDDED), help="folder or hub id (default: %(default)s)")
         add("--steps", type=int, default=50, help="denoising steps (default: %(default)s)")
-        add("--guidance", type=float, help="guidance scale (default: the model's; 5 for the embedded one)")
+        add(
+            "--guidance",
+            type=float,
+            help="guidance scale (default: the pipeline's own; 5 for the embedded one, 3 for Tango)",
+        )
         add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
         add("--dtype", choices=DTYPES, help="default: float16 on a GPU, float32 on a CPU")
         add("--offload", action="store_true", help="keep on the GPU only the model that is at work")
@@ -439,8 +443,8 @@ def speed_up(dense: Sequence[float], patched: Sequence[float], bound: float) -> 
     ratio = median(dense) / median(patched)
     line = f"speed-up of the whole pipeline: {ratio:.2f}x"
     if ratio <= bound:
-        return f"{line}, where arithmetic alone allows at most {bound:.2f}x"
-    line += f", above the {bound:.2f}x that arithmetic allows: "
+        return f"{line}, where {bound:.2f}x is expected from the arithmetic that is saved"
+    line += f", above the {bound:.2f}x that the arithmetic saved suggests: "
     if min(dense) <= bound * max(patched):
         spreads = [f"{min(seconds):.1f} to {max(seconds):.1f} s" for seconds in (dense, patched)]
         return f"{line}the timings scatter by more than that (dense {spreads[0]}, litefocus {spreads[1]})"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-FRAMES, BINS, FRAME, BIN = 500, 8, 210, 4  # the grid, and the query: 20 s at the level with 8 bins
+FRAMES, BINS, FRAME, BIN = 500, 8, 210, 4  # the grid, and the query: 40 s at the level with 8 bins
 
 
 def draw(path: Path) -> None:
@@ -24,7 +24,10 @@ def draw(path: Path) -> None:
     figure, axes = plt.subplots(2, 1, figsize=(9, 3.4), sharex=True, layout="constrained")
     whole = LiteFocusConfig(time_window=None)
     window = LiteFocusConfig(time_window=128)
-    titles = ("up to 15 s: own bin, sample of the others", "longer: the same in a time window, sample of the rest")
+    titles = (
+        "without a time window: own bin, sample of the others",
+        "with one: the same inside of it, sample of the rest",
+    )
     for axis, config, title in zip(axes, (whole, window), titles, strict=True):
         focus = focus_set(FRAMES, BINS, config)
         group = int(focus.inverse[FRAME * BINS + BIN]) // focus.queries.shape[1]

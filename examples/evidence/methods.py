@@ -11,7 +11,18 @@ from torch import Tensor
 
 from litefocus import _patch
 
-__all__ = ["Merged", "Method", "Peer", "Published", "SelfOnly", "Tiles", "flop_ratio", "install", "running"]
+__all__ = [
+    "PUBLISHED_BINS",
+    "Merged",
+    "Method",
+    "Peer",
+    "Published",
+    "SelfOnly",
+    "Tiles",
+    "flop_ratio",
+    "install",
+    "running",
+]
 
 PUBLISHED_BINS, PUBLISHED_RATIO = 8, 0.1  # the level that the published code covers, and how many tokens it samples
 

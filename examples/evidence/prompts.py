@@ -5,11 +5,13 @@
 
 Every case is two or three of the twelve sounds that the embedded pipeline knows, in equal parts with fades of 2 s, and
 every sound alone, from the same noise. Its decoded mel spectrogram is cut into windows of 2.56 s. `right` is the share
-of windows whose class, by the judge, is that of the prompt in force; windows that a fade touches are left out. Around
-a change, windows 0.32 s apart show when the judge stops hearing the old sound and starts hearing the new one. `jump`:
-the largest change of level, in the fade, from one latent frame (40 ms) to the next, relative to the largest one
-elsewhere in the clip; by chance it is above 1 in as large a share of changes as a fade is of the clip, the last figure
-in brackets. `alone`: `right` of patched plain clips of the same length, each sound counted as often as in the line.
+of windows whose class, by the judge, is that of the prompt in force; windows that a fade touches are left out.
+`next one early` and `one before late`: the share that is heard as the sound of a later or of an earlier part. `old
+until` and `new from`: around a change, the middle of the first of the windows, 0.32 s apart, at which the judge no
+longer hears the old sound, or hears the new one, in half of the clips; from the new prompt's time on. `jump`: the
+largest change of level, in the fade, from one latent frame (40 ms) to the next, relative to the largest one elsewhere
+in the clip; by chance it is above 1 in as large a share of changes as a fade is of the clip, the last figure in
+brackets. `alone`: `right` of patched plain clips of the same length, each sound counted as often as in the line.
 `dip`: by how many dB the quietest 0.64 s of a fade are below the quietest of the 5 s before and after it.
 """
 

@@ -12,10 +12,10 @@ place: a method that changes nothing at some length shares the file of dense att
 for another. Judge and embedder hear decoded mel spectrograms; the vocoder, the same for all, is left out.
 
 Of every 5.12 s window: `class` and `tempo` right; `kl` of the judge's class posterior from that of real windows of the
-class; `inception`, the judge's inception score; `frechet`, the Fréchet distance of embeddings to those of 720 real
-windows. Of every clip: `beat`, the highest autocorrelation of its onset envelope at lags of 0.2 to 2 s; `drift`, the
-mean squared distance between embeddings of its 2.56 s windows, where windows of unrelated real clips have 1; and its
-level in dB, whole (`loudness`) and of its quietest and loudest second.
+class; `inception`, the judge's inception score; `frechet`, the squared Fréchet distance of embeddings to those of 720
+real windows. Of every clip: `beat`, the highest autocorrelation of its onset envelope at lags of 0.2 to 2 s; `drift`,
+the mean squared distance between embeddings of its 2.56 s windows, where windows of unrelated real clips have 1; and
+its level in dB, whole (`loudness`) and of its quietest and loudest second.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ import copy
 import functools
 import itertools
 import math
+import shlex
 import statistics
 import sys
 import time
@@ -80,7 +81,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--quick", action="store_true", help="one round, of 20 s; gpu: a small model, two lengths")
     add("--output", type=Path, metavar="NAME", help="write NAME.json, NAME.md and NAME.png")
     args = parser.parse_args(argv)
-    words = " ".join(sys.argv[1:] if argv is None else argv)
+    words = shlex.join(sys.argv[1:] if argv is None else argv)
     args.command = "python examples/evidence/speed.py " + words.replace(f" --output {args.output}", "")
     if args.quick:
         args.rounds, args.seconds = 1, args.seconds or [20.0]
@@ -100,7 +101,7 @@ with interruptible():
     import torch
     import torch.nn.functional as F
     from diffusers import AudioLDM2UNet2DConditionModel, AutoencoderKL, UNet2DConditionModel
-    from methods import Merged, Method, Peer, Published, Tiles, flop_ratio, install, published
+    from methods import PUBLISHED_BINS, Merged, Method, Peer, Published, Tiles, flop_ratio, install, published
     from plots import label_points, log_axis, panels, save, styles
     from torch import Tensor, nn
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -284,11 +285,12 @@ def attention_calls(frames: int, bins: int, device: torch.device) -> dict[str, t
     """The ways to run one self-attention call, and how many times less arithmetic than dense each needs."""
     tokens, level = frames * bins, int(math.log2(16 // bins))
     calls: dict[str, tuple[Callable[..., Tensor], float]] = {"dense": (F.scaled_dot_product_attention, 1.0)}
-    if tokens <= PUBLISHED_TOKENS:
+    if tokens <= PUBLISHED_TOKENS and bins == PUBLISHED_BINS:
         sample = torch.randperm(tokens, device=device)[: tokens // 10]
         ratio = tokens / (frames + len(sample))
         calls["published arithmetic"] = functools.partial(published, sample=sample, freq_bins=bins), ratio
-    settings = {name: way for name, way in WAYS.items() if isinstance(way, LiteFocusConfig)}
+    every = ((name, way) for name, way in WAYS.items() if isinstance(way, LiteFocusConfig))
+    settings = {name: way for name, way in every if bins >= way.min_freq_bins}
     settings["no window"] = LiteFocusConfig(time_window=None, min_sampled=0)  # the paper's sets, weighted
     for name, config in settings.items():
         if config.time_window is not None:  # it counts frames of the UNet's input
@@ -591,10 +593,10 @@ def page(record: dict[str, list[Row]], picture: str) -> str:
     lines = [
         "# Time and memory",
         "",
-        "Written by `examples/evidence/speed.py`, whose first lines say how it measures. `ratio` is dense attention's",
-        "median time over the method's, `FLOP ratio` the same for the arithmetic. `paper` is",
-        "`LiteFocusConfig.paper()`, `published arithmetic` the published code's formula, which materialises its",
-        "scores; time tiles have the native length of 10.24 s; token merging takes half of the tokens by tomesd's",
+        "Written by `examples/evidence/speed.py`, whose first lines say how it measures. `ratio` is the median",
+        "time of dense attention in the same run over the method's, `FLOP ratio` the same for the arithmetic.",
+        "`paper` is `LiteFocusConfig.paper()`, `published arithmetic` the published code's formula, which materialises",
+        "its scores; time tiles have the native length of 10.24 s; token merging takes half of the tokens by tomesd's",
         "functions. `DeepCache N` computes the deep layers at one of N steps; its figures are means of N steps. In",
         "the rows of one attention call, `no window` is the paper's focus sets with weights. Seconds on a CPU are CPU",
         "seconds, with several threads wall time; the memory is what a run allocates at its peak, on top of its",
