@@ -27,7 +27,10 @@ def current_trace() -> object:
 
 
 def not_compiled(function: Function) -> Function:
-    """As `torch.compiler.disable`, which loads the compiler: so it is called once that is loaded."""
+    """Keeps `function` out of compiled code, as `torch.compiler.disable` does.
+
+    That loads the compiler, so it is put off until something else has loaded it.
+    """
     disabled: Any = None
 
     @functools.wraps(function)

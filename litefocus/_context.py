@@ -69,8 +69,8 @@ class Context:
         sizes: (num_frames, freq_bins) of the calls so far, the newest last.
         reentrant: whether an input of the last call required gradients while grad mode was off, as in a reentrant
             checkpoint. Compiled code then keeps the first sample.
-        hashed: in compiled code, the hash of the timestep, set by `_note_timestep` and cleared by `_end`. A layer reads
-            it in the trace that has set it alone: across a graph break, another thread may have replaced it.
+        hashed: in compiled code, the hash of the timestep, set by `_note_timestep` and cleared by `_end`. Only layers
+            of the trace that set it read it: after a graph break, another thread may have replaced it.
     """
 
     def __init__(self, freq_axis: FreqAxis = "width", freq_bins: int | None = None, verb: str = "patched") -> None:
@@ -120,11 +120,8 @@ class Context:
         requires_grad = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs)))
         if self.reentrant != (reentrant := requires_grad and not torch.is_grad_enabled()):
             self.reentrant = reentrant  # a side effect, of which exporters warn
-        if torch.compiler.is_compiling():
-            return
-        _thread.requires_grad.discard(self)
-        if requires_grad:
-            _thread.requires_grad.add(self)
+        if not torch.compiler.is_compiling():
+            (_thread.requires_grad.add if requires_grad else _thread.requires_grad.discard)(self)
 
     def _note_timestep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if not torch.compiler.is_compiling():
@@ -152,8 +149,8 @@ class Context:
                 f'(frequency, time) is freq_axis="height", freq_bins={height}'
             )
         size = (operator.index(num_frames), operator.index(freq_bins))  # plain ints under dynamic shapes too
+        _remember(self, *size)
         if torch.compiler.is_compiling():
-            _remember(self, *size)
             if self.hashed is not None and args[0].requires_grad:  # of `unet.forward`, which calls no hook of the UNet
                 self.hashed = 0
             return
@@ -162,7 +159,6 @@ class Context:
             sample, near = 0, False  # a layer that runs again in a backward pass knows neither
         _thread.requires_grad.discard(self)
         _thread.near.discard(self)
-        _remember(self, *size)
         self.started += 1
         _thread.calls[self] = Call(size, sample, self.grids, self.started, near)
 
@@ -207,8 +203,7 @@ def _remember(context: Context, num_frames: int, freq_bins: int) -> None:
     """Record the size of a call. A compiler runs this while it traces the UNet, before it reaches the layers."""
     _thread.calls.pop(context, None)  # a call that was interrupted is not this one
     size = (num_frames, freq_bins)
-    context.sizes = [*(each for each in context.sizes if each != size), size]
-    del context.sizes[:-SIZES_KEPT]
+    context.sizes = [*(each for each in context.sizes if each != size), size][-SIZES_KEPT:]
 
 
 @assume_constant_result

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from litefocus._registry import Handle, Setting, Wrapper, all_wrapped, current, unwrap, wrap
-from litefocus._target import LatentGeometry, latent_geometry, vae_and_vocoder, vaes, waveform_makers
+from litefocus._target import WAVEFORM_METHODS, LatentGeometry, latent_geometry, vae_and_vocoder, vaes, waveform_makers
 
 VAE_METHODS = ("decode", "encode")
 SETTLED = 0.01  # of a standard deviation: moments of a group norm that change by less are the clip's
@@ -94,20 +94,15 @@ def tile_decoding(pipe: Any, seconds: float = 10.24, overlap: float | None = Non
     for owner, method in itertools.product(vaes(pipe), VAE_METHODS):
         if reason := _compiled(owner, method):
             raise ValueError(reason)
-    modules = {id(owner): owner for owner in (*vaes(pipe), *(owner for owner, _ in makers))}
-    methods = (*VAE_METHODS, *(name for _, name in makers))
-    return TiledDecoding(
-        type(pipe).__name__, Tiles(float(seconds), float(overlap), geometry, methods), *modules.values()
-    )
+    modules = {id(owner): owner for owner in (*vaes(pipe), *makers)}
+    return TiledDecoding(type(pipe).__name__, Tiles(float(seconds), float(overlap), geometry), *modules.values())
 
 
 def tiles_of(pipe: Any) -> Tiles | None:
     """The tiles in which `pipe` encodes and decodes now; None unless all that does is tiled."""
-    owners = [*vaes(pipe), *(owner for owner, _ in waveform_makers(pipe))]
+    owners = [*vaes(pipe), *waveform_makers(pipe)]
     tiles = [current(owner, "tiles") for owner in owners]
-    if None in tiles:
-        return None
-    return tiles[0] if all(all_wrapped(owner, "tiles") for owner in owners) else None
+    return None if None in tiles or not all(all_wrapped(owner, "tiles") for owner in owners) else tiles[0]
 
 
 def decoding_bytes(pipe: Any, seconds: float, tiles: tuple[float, float] | None = None) -> int | None:
@@ -173,20 +168,19 @@ def _with_tensor(output: Any, tensor: Tensor) -> Any:
 
 @dataclasses.dataclass(eq=False)
 class Tiles(Setting):
-    """Arguments of one `tile_decoding`. geometry: of the model. methods: names of the methods to wrap."""
+    """Arguments of one `tile_decoding`. geometry: of the model."""
 
     kind = "tiles"
     seconds: float
     overlap: float
     geometry: LatentGeometry
-    methods: tuple[str, ...]
 
     def __str__(self) -> str:
         return f"tiles of {self.seconds:g} s + {self.overlap:g} s on either side"
 
     def install(self, module: Any) -> None:
         """Wrap the methods that this module has."""
-        for method in self.methods:
+        for method in (*VAE_METHODS, *WAVEFORM_METHODS):
             if callable(getattr(module, method, None)):
                 wrap(module, method, _Tiled)
 
@@ -290,7 +284,7 @@ class TiledDecoding(Handle):
 
 
 class _Tiled(Wrapper):
-    """Calls a method tile by tile; once without tiles in force, or where a newer wrapper has replaced this one."""
+    """Calls a method tile by tile, or once: where no tiles are in force or a newer wrapper has replaced this one."""
 
     kind = Tiles.kind
 
@@ -317,7 +311,7 @@ class _Tiled(Wrapper):
         if of_vae and (reason := _compiled(module, self.method)):
             warnings.warn(f"{self.method[:-1]}ing the whole clip at once: {reason}", stacklevel=2)
             return call(*args, **kwargs)
-        others = {name: value for name, value in kwargs.items() if args or name != self.argument}
+        others = kwargs if args else {name: value for name, value in kwargs.items() if name != self.argument}
         in_tiles = functools.partial(tiles.by_vae, self.method) if of_vae else tiles.waveform
         return in_tiles(lambda part: call(part, *args[1:], **others), x)
 
@@ -331,7 +325,7 @@ class _ClipNorms(TorchFunctionMode):
     def __init__(self, window: int) -> None:
         super().__init__()
         self.window, self.passes, self.settled = window, 0, False
-        self.sums: dict[int, Tensor] = {}  # (3, groups), over frames: of one, of their mean, of their mean of squares
+        self.sums: dict[int, Tensor] = {}  # (3, groups), over tiles: frames, frames x mean, frames x mean square
         self.moments: dict[int, Tensor] = {}  # (2, groups): mean and standard deviation, of the pass before
 
     def tile(self, start: int, stop: int) -> _ClipNorms:

@@ -18,9 +18,10 @@ MIN_KEYS_SAVED = 48
 # Samples of a layer. Steps alternate between them, so that their errors average out.
 NUM_SAMPLES = 4
 
-# Bytes of focus sets that a layer keeps, and the newest in any case: all samples of a few lengths up to half a minute.
-# Of longer clips it has one sample at a time, since building the next takes less than a hundredth of the step. Compiled
-# code holds all: in the layers of AudioLDM 2 19 MiB at 80 s and 142 MiB at 600 s, a quarter of which is one sample.
+# A layer keeps focus sets up to this many bytes, and always the newest: all samples of a few lengths up to half a
+# minute, of longer clips one sample at a time, since building the next takes less than a hundredth of the step.
+# Compiled code holds all: in the layers of AudioLDM 2 19 MiB at 80 s and 142 MiB at 600 s, a quarter of which is one
+# sample.
 KEPT_BYTES = 2**19
 
 

@@ -258,12 +258,6 @@ def uninstall(attn: Any) -> None:
         attn.set_processor(default_processor() if original is None else original)
 
 
-def overwritten(attn: Any) -> bool:
-    """Whether a plain processor has replaced LiteFocus' on a patched layer: plain ones call no other."""
-    name = type(getattr(attn, "processor", None)).__name__
-    return patched(attn) is not None and name in PLAIN_PROCESSORS
-
-
 def patched(attn: Any) -> PatchedLayer | None:
     """What a patch keeps on a layer; None where there is none."""
     layer: PatchedLayer | None = vars(attn).get("_litefocus")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from litefocus._context import Context
-from litefocus._grid import MIN_KEYS_SAVED, NUM_SAMPLES, Grid, halved
+from litefocus._grid import Grid, halved
 from litefocus._layers import count_reasons, install, layers_to_patch, patched, self_attention_layers, uninstall
 from litefocus._probe import probing
 from litefocus._registry import Handle, Setting, clear
@@ -91,20 +91,17 @@ def patch_with(
     *,
     freq_bins: int | None = None,
     freq_axis: FreqAxis = "width",
-    num_samples: int = NUM_SAMPLES,
-    min_keys_saved: int = MIN_KEYS_SAVED,
     stacklevel: int = 2,
+    **of_grids: int,
 ) -> Patch:
-    """`patch`, with `num_samples` and `min_keys_saved` of `Grid`, which only tests and measurements change."""
+    """`patch`. of_grids: `num_samples` and `min_keys_saved` of `Grid`, which only tests and measurements change."""
     target = resolve(pipe)
-    freq_bins = target.check_axes(freq_bins, freq_axis)
+    freq_bins, known_bins = target.check_axes(freq_bins, freq_axis)
     reasons = layers_to_patch(target.unet)
-    known_bins = target.geometry.freq_bins if target.geometry else freq_bins
     if known_bins is not None:
         _check_bins(target.unet, [layer.level for layer in reasons], config, known_bins)
-    handed_in: dict[str, Any] = {"num_samples": num_samples, "min_keys_saved": min_keys_saved}
     grids = {
-        layer.name: Grid(layer.name, level=layer.level, config=config, freq_axis=freq_axis, **handed_in)
+        layer.name: Grid(layer.name, level=layer.level, config=config, freq_axis=freq_axis, **of_grids)
         for layer in reasons
     }
     warn_of_known_problems(pipe, stacklevel + 1)
@@ -229,9 +226,9 @@ class Patch(Handle):
         found = self._status()
         return f"<{type(self).__name__}: its UNet is gone>" if found is None else repr(found)
 
-    def _repr_html_(self) -> str:
+    def _repr_html_(self) -> str | None:
         found = self._status()
-        return repr(self) if found is None else found._repr_html_()
+        return None if found is None else found._repr_html_()
 
 
 def _check_bins(unet: nn.Module, levels: list[int], config: LiteFocusConfig, freq_bins: int) -> None:

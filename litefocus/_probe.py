@@ -118,10 +118,9 @@ def probe(
     """
     config = merged_config("probe()", config, options)
     target = resolve(pipe)
-    freq_bins = target.check_axes(freq_bins, freq_axis)
+    freq_bins, known_bins = target.check_axes(freq_bins, freq_axis)
     if current(target.unet, "patch") is not None:
         raise ValueError("the pipeline is patched, so its attention is not dense; litefocus.unpatch(pipe) first")
-    known_bins = target.geometry.freq_bins if target.geometry else freq_bins
     return Probe(target.unet, config, Context(freq_axis, freq_bins, "probed"), known_bins)
 
 

@@ -158,15 +158,15 @@ def attend(
     attn: Any, hidden_states: Tensor, focus: FocusSet, temb: Tensor | None = None, fused: bool = False
 ) -> Tensor:
     """Self-attention of a layer over focus sets, around which everything is as in diffusers' AttnProcessor2_0."""
-    residual, input_shape = hidden_states, hidden_states.shape
+    residual = hidden_states
     query, key, value = attention_inputs(attn, hidden_states, temb, fused)
     hidden_states = focus_attention(query, key, value, focus)
     hidden_states = hidden_states.transpose(1, 2).flatten(2).to(query.dtype)
     del query, key, value
     hidden_states = attn.to_out[0](hidden_states)
     hidden_states = attn.to_out[1](hidden_states)
-    if len(input_shape) == 4:
-        hidden_states = hidden_states.transpose(1, 2).reshape(input_shape)
+    if residual.ndim == 4:
+        hidden_states = hidden_states.transpose(1, 2).reshape(residual.shape)
     if getattr(attn, "residual_connection", False):
         hidden_states = hidden_states + residual
     rescale: float = getattr(attn, "rescale_output_factor", 1.0)

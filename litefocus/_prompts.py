@@ -227,18 +227,25 @@ class PromptSchedule(Handle):
 
 
 class _Scope:
-    """Stands for a UNet in what a thread keeps; its layers refer to it, and are copied with it."""
+    """The key under which a thread keeps the encoding of a UNet's call.
+
+    Layers refer to it instead of the UNet, and are copied with it, so that a copy of the UNet has one of its own.
+    """
 
     def __init__(self, unet: nn.Module) -> None:
         self.hook = unet.register_forward_pre_hook(self._begin, with_kwargs=True)
 
     @not_compiled
     def _begin(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """See by its contexts whether a call is the schedule's. RuntimeError if it should be, and without wrappers."""
+        """Decide from the shapes of its inputs whether a call brings the scheduled prompts.
+
+        RuntimeError if it should and does not, or if the wrapper of a layer is gone.
+        """
         encoding = _thread.encodings.get(self)
         if encoding is None:
             return
-        awaited, encoding.awaited = encoding.awaited and encoding.awaited(), None
+        caller = None if encoding.awaited is None else encoding.awaited()
+        encoding.awaited = None
         encoding.active = bool(encoding.shapes) and encoding.shapes <= {_shape(x) for x in (*args, *kwargs.values())}
         context: Context | None = vars(unet).get("_litefocus_context")  # of its patch
         if context is not None:
@@ -248,7 +255,7 @@ class _Scope:
                 "prompts are scheduled, and something has put back the forward of a layer, as hooks do that are "
                 "removed; schedule them again, after that"
             )
-        if awaited is not None and not encoding.active and _runs(awaited):
+        if caller is not None and not encoding.active and _runs(caller):
             raise RuntimeError(
                 "prompts are scheduled, and do not come with this call: a method that encodes its prompt "
                 f"({', '.join(ENCODERS)}) was replaced, or what it returns was changed; schedule them again, after that"
@@ -259,7 +266,7 @@ class _Encoding:
     """What a call's prompts were encoded to, in its thread.
 
     shapes: (tokens, width) of the joined contexts; none before they are encoded. awaited: the object whose call has
-    begun, and has not come to its UNet. active: whether the call that runs is that one, and not another's.
+    begun and has not reached its UNet yet. active: whether the call that runs is that one, and not another's.
     """
 
     active = True
@@ -415,11 +422,10 @@ class _Layer(Wrapper):
             part = run(number, x.narrow(dim, start * bins, (stop - start) * bins))
             if (fade := (end - start) * bins) > 0:  # these frames belong to the prompt before, too
                 before = parts.pop()
-                kept = before.shape[dim] - fade
+                kept, fading_out = torch.split(before, [before.shape[dim] - fade, fade], dim)
+                fading_in, part = torch.split(part, [fade, part.shape[dim] - fade], dim)
                 share = weight[: end - start].repeat_interleave(bins, dim=0).to(part)
-                parts.append(before.narrow(dim, 0, kept))
-                parts.append(torch.lerp(before.narrow(dim, kept, fade), part.narrow(dim, 0, fade), share))
-                part = part.narrow(dim, fade, part.shape[dim] - fade)
+                parts += [kept, torch.lerp(fading_out, fading_in, share)]
             parts.append(part)
             end = stop
         return torch.cat(parts, dim=dim)

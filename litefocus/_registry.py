@@ -55,8 +55,8 @@ def put(module: Any, setting: Setting) -> None:
     with _lock:
         setting.install(module)
         settings = settings_on(module, setting.kind)
-        # A setting whose handle was collected cannot be removed by it. Of such settings in the innermost block, the
-        # newest alone can come back into force; the others are dropped to free memory.
+        # Nobody can remove a setting whose handle was garbage-collected. Of several such in the innermost block, only
+        # the newest could ever be in force again, so the older ones are dropped.
         held = {handle._setting for handle in _handles}
         begin = 1 + max((i for i, old in enumerate(settings) if old.entered), default=-1)
         forgotten = [old for old in settings[begin:] if old not in held and old.owner == setting.owner]
@@ -75,11 +75,10 @@ def clear(module: Any, kind: str) -> None:
 
 
 def _keep(module: Any, kind: str, kept: list[Any]) -> None:
-    last = current(module, kind)
     if kept:
         vars(module)[f"_litefocus_{kind}"] = kept
         kept[-1].activate(module)
-    elif last is not None:
+    elif (last := current(module, kind)) is not None:
         del vars(module)[f"_litefocus_{kind}"]
         last.uninstall(module)
 
@@ -134,12 +133,11 @@ def unwrap(owner: Any, kind: str) -> None:
 
 def all_wrapped(owner: Any, kind: str) -> bool:
     """Whether nothing has deleted a wrapper since, or put back the class' method, as hooks do that are removed."""
-
-    def calls_class(method: str) -> bool:
+    for method in _wrappers(owner, kind):
         here = vars(owner).get(method)
-        return here is None or getattr(here, "__func__", here) is getattr(type(owner), method, None)
-
-    return not any(map(calls_class, _wrappers(owner, kind)))
+        if here is None or getattr(here, "__func__", here) is getattr(type(owner), method, None):
+            return False
+    return True
 
 
 class Handle:

@@ -10,7 +10,7 @@ from torch import nn
 
 from litefocus._decoding import Tiles, decoding_bytes, tiles_of
 from litefocus._grid import Grid, halved
-from litefocus._layers import Layer, blocks, named_modules, obstacle, overwritten, patched, self_attention_layers
+from litefocus._layers import PLAIN_PROCESSORS, Layer, blocks, named_modules, obstacle, patched, self_attention_layers
 from litefocus._prompts import schedule_of
 from litefocus._registry import current
 from litefocus._table import Table, by_freq_bins
@@ -30,7 +30,7 @@ class StepFlops:
 
     dense: float
     patched: float
-    attention: tuple[float, ...] = ()
+    attention: tuple[float, ...]
 
     @property
     def ratio(self) -> float:
@@ -234,10 +234,10 @@ def _row(layer: Layer, freq_bins: int | None, num_frames: int | None, is_patched
     if is_patched and (found is None or grid is None):
         state = f"dense: {hindrance or 'patch again, to include it'}"
     elif found is not None and grid is not None:
-        unreached = grid.last_call < found.context.finished
-        if overwritten(layer.attn):
-            state = f"overwritten by {type(layer.attn.processor).__name__}"
-        elif unreached:
+        processor = type(getattr(layer.attn, "processor", None)).__name__
+        if processor in PLAIN_PROCESSORS:  # which call no other, so LiteFocus' is gone
+            state = f"overwritten by {processor}"
+        elif grid.last_call < found.context.finished:
             state = "not reached by the last call"
         elif hindrance and not grid.last_call:
             state = "not known before a call"

@@ -93,8 +93,7 @@ def set_duration(tango: Any, seconds: float | None) -> None:
     if seconds is None:
         clear(model, "duration")
         return
-    published = LatentGeometry(freq_bins=16, mel_frame=0.01, vae_scale_factor=4)  # every checkpoint's
     geometry = latent_geometry(tango)
     if geometry is None or geometry.mel_frame is None:
-        geometry = published
+        geometry = LatentGeometry(freq_bins=16, mel_frame=0.01, vae_scale_factor=4)  # of every published checkpoint
     put(model, Duration(geometry.num_frames(seconds), geometry.freq_bins))

@@ -75,8 +75,8 @@ class Target:
     geometry: LatentGeometry | None
     makes_images: bool = False
 
-    def check_axes(self, freq_bins: int | None, freq_axis: FreqAxis) -> int | None:
-        """Check both against the model's own latent, and return `freq_bins`. Raises as `patch` does."""
+    def check_axes(self, freq_bins: int | None, freq_axis: FreqAxis) -> tuple[int | None, int | None]:
+        """Check both against the model's own latent. Returns `freq_bins`, and the bins to expect. Raises as `patch`."""
         check_freq_axis(freq_axis)
         if freq_bins is not None:
             freq_bins = positive_integer("freq_bins", freq_bins)
@@ -95,7 +95,7 @@ class Target:
                 f"{self.owner} makes pictures; if they are spectrograms whose height is frequency, as Riffusion's and "
                 'Auffusion\'s are, pass freq_axis="height", else pass the UNet alone'
             )
-        return freq_bins
+        return freq_bins, freq_bins if self.geometry is None else self.geometry.freq_bins
 
 
 class UnsupportedError(TypeError):
@@ -159,7 +159,7 @@ def owners_of_settings(pipe: Any) -> list[Any]:
         unet = resolve(pipe).unet
     except UnsupportedError:
         unet = None
-    owners = [unet, *vaes(pipe), *(owner for owner, _ in waveform_makers(pipe)), tango_model(pipe)]
+    owners = [unet, *vaes(pipe), *waveform_makers(pipe), tango_model(pipe)]
     return list({id(owner): owner for owner in owners if owner is not None}.values())
 
 
@@ -183,11 +183,10 @@ def vaes(pipe: Any) -> list[Any]:
     return [vae_and_vocoder(pipe)[0], *(vae for vae in found if vae is not None)]
 
 
-def waveform_makers(pipe: Any) -> list[tuple[Any, str]]:
-    """(object, method) of everything that makes sound of a mel spectrogram with the vocoder of `pipe`."""
-    vae, _ = vae_and_vocoder(pipe)
-    owners = [owner for owner in (unwrapped(pipe), vae) if owner is not None]
-    return [(owner, name) for owner in owners for name in WAVEFORM_METHODS if callable(getattr(owner, name, None))]
+def waveform_makers(pipe: Any) -> list[Any]:
+    """The objects that make sound of a mel spectrogram with the vocoder of `pipe`: itself, its VAE, both or none."""
+    owners = (unwrapped(pipe), vae_and_vocoder(pipe)[0])
+    return [owner for owner in owners if any(callable(getattr(owner, name, None)) for name in WAVEFORM_METHODS)]
 
 
 def warn_of_known_problems(pipe: Any, stacklevel: int) -> None:

@@ -181,6 +181,17 @@ def test_cells_are_counted_by_side_and_size() -> None:
     }
 
 
+def test_rows_are_pooled_by_inverse_variance() -> None:
+    def row(times: int, diff: float, error: float, model: str = "seed 1") -> dict:
+        same = {name: {"value": 1.0, "diff": 0.0, "diff_se": 0.0} for name in (*quality.METRICS, *quality.LEVELS)}
+        return {"model": model, "method": "paper", "times": times, **same, "beat": {"diff": diff, "diff_se": error}}
+
+    rows = [row(4, 1.0, 1.0), row(8, 6.0, 2.0, "seed 2"), row(1, 50.0, 0.1), row(4, 50.0, 0.1, "seed 1, 50 steps")]
+    (pool,) = quality.pooled(rows)
+    assert pool == {"method": "paper", "rows": 2, "beat": {"diff": 2.0, "diff_se": pytest.approx(math.sqrt(0.8))}}
+    assert quality.pooled(rows[1:]) == []  # one row is none to pool
+
+
 def test_the_screen_measures_errors_costs_and_distances(pipe) -> None:
     args = quality.parse(["--samples", "", "--steps", "2", "--screen"])
     inputs = quality.layer_inputs(pipe, 2, args)

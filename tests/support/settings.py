@@ -1,4 +1,4 @@
-"""What `patch_with` and `Grid` are handed in: the number of samples, and the least saving that pays."""
+"""What a `Grid` is handed in: the number of samples, and the least saving that pays."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import pytest
 from torch import nn
 
 from litefocus._grid import Grid
-from litefocus._patch import patch_with
 
 
 def hand_in(monkeypatch: pytest.MonkeyPatch, **values: int) -> None:
-    """Change defaults of theirs until the test, or the block of `monkeypatch`, ends."""
-    for function in (Grid.__init__, patch_with):
-        for name, value in values.items():
-            monkeypatch.setitem(function.__kwdefaults__, name, value)
+    """Change its defaults until the test, or the block of `monkeypatch`, ends."""
+    for name, value in values.items():
+        monkeypatch.setitem(Grid.__init__.__kwdefaults__, name, value)
 
 
 def one_sample(model: nn.Module) -> None:
