@@ -11,18 +11,7 @@ from torch import Tensor
 
 from litefocus import _patch
 
-__all__ = [
-    "PUBLISHED_BINS",
-    "Merged",
-    "Method",
-    "Peer",
-    "Published",
-    "SelfOnly",
-    "Tiles",
-    "flop_ratio",
-    "install",
-    "running",
-]
+__all__ = ["Merged", "Method", "Peer", "Published", "SelfOnly", "Tiles", "flop_ratio", "install", "running"]
 
 PUBLISHED_BINS, PUBLISHED_RATIO = 8, 0.1  # the level that the published code covers, and how many tokens it samples
 

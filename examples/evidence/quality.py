@@ -599,6 +599,11 @@ def count_cells(rows: list[Row]) -> list[Row]:
     return list(counts.values())
 
 
+def of_usual_steps(row: Row) -> bool:
+    """Whether a row or a count is of the default number of steps: others say theirs in --label."""
+    return " steps" not in row["model"]
+
+
 def pooled(rows: list[Row]) -> list[Row]:
     """Of every method, the mean difference to dense over its rows from 4x on, weighted by inverse variance.
 
@@ -606,7 +611,7 @@ def pooled(rows: list[Row]) -> list[Row]:
     """
     found = []
     for (method,), of in by(rows, "method").items():
-        of = [row for row in of if row["times"] >= POOLED_FROM and " steps" not in row["model"] and cells_of(row)]
+        of = [row for row in of if row["times"] >= POOLED_FROM and of_usual_steps(row) and cells_of(row)]
         pool: dict[str, Any] = {"method": method, "rows": len(of)}
         for metric in (*METRICS, *LEVELS):
             cells = [row[metric] for row in of if metric in row and row[metric]["diff_se"]]

@@ -289,8 +289,9 @@ def attention_calls(frames: int, bins: int, device: torch.device) -> dict[str, t
         sample = torch.randperm(tokens, device=device)[: tokens // 10]
         ratio = tokens / (frames + len(sample))
         calls["published arithmetic"] = functools.partial(published, sample=sample, freq_bins=bins), ratio
-    every = ((name, way) for name, way in WAYS.items() if isinstance(way, LiteFocusConfig))
-    settings = {name: way for name, way in every if bins >= way.min_freq_bins}
+    settings = {
+        name: way for name, way in WAYS.items() if isinstance(way, LiteFocusConfig) and bins >= way.min_freq_bins
+    }
     settings["no window"] = LiteFocusConfig(time_window=None, min_sampled=0)  # the paper's sets, weighted
     for name, config in settings.items():
         if config.time_window is not None:  # it counts frames of the UNet's input
