@@ -100,10 +100,10 @@ class LiteFocusConfig:
     same_frequency: bool = True
     cross_frequency: bool = True
     sparse_ratio: float = 0.1
-    min_sampled: int = 24
+    min_sampled: int = 16
     reweight: bool = True
     time_window: int | None = 256
-    far_sampled: int = 8
+    far_sampled: int = 16
     min_freq_bins: int = 2
     seed: int = 0
 

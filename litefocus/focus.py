@@ -25,6 +25,7 @@ from litefocus.config import LiteFocusConfig, checked_config, positive_integer, 
 FreqAxis = Literal["width", "height"]
 Index = NDArray[np.int32]
 
+MAX_UINT32 = 2**32 - 1
 MIN_BLOCK = 64  # queries that share a time window: with fewer, fused attention on a CPU runs at a third of its speed
 
 
@@ -121,16 +122,19 @@ def focus_set(
 
     The sample takes c = max(1, min_sampled, round(sparse_ratio * T)) frames of every other bin, at most all T =
     num_frames: a random one of each of c stretches of the clip, of equal length but for one frame (stratified
-    sampling). So all sets have T + (F - 1) c keys. A key of the own bin weighs 1, a sampled one the length of its
-    stretch, about T / c: numerator and denominator of the softmax are then unbiased estimates of dense attention's,
-    whatever the attention looks like.
+    sampling). The bins share each stretch out, every one in a part of its own, and the samples of a bin are 1/2, 1/4,
+    3/4, 1/8, ... of a stretch apart (van der Corput's sequence): the errors of bins, and of steps, cancel in part. So
+    all sets have T + (F - 1) c keys. A key of the own bin weighs 1, a sampled one the length of its stretch, about
+    T / c: numerator and denominator of the softmax are then unbiased estimates of dense attention's, whatever the
+    attention looks like.
 
     With a time window, h = ceil(time_window / 2), frames are cut into blocks of b = max(64, h). The queries of a block
     share a window of n = b + 2 h frames, which extends at least h to either side of every query, clamped at the ends of
     the clip; a clip of up to n frames has none. A set then has three parts: the n frames of the own bin (weight 1), c
     of n of every other bin (about n / c; c is as above, with n for T), and m = `far_sampled` of the T - n frames
-    outside of the window of every bin, the own included (about (T - n) / m). The last block ends with the clip, and
-    overlaps the one before where the clip is no multiple of a block.
+    outside of the window of every bin, the own included (about (T - n) / m). All blocks have the same far sample, but
+    for the frames of their windows. The last block ends with the clip, and overlaps the one before where the clip is no
+    multiple of a block.
 
     Without other bins (`cross_frequency=False` or `sparse_ratio=0`) the far sample is of the own bin alone; with
     `same_frequency=False` the own bin is sampled like all others.
@@ -170,8 +174,7 @@ def focus_set(
     config = checked_config(config)
     check_freq_axis(freq_axis)
     frame_step, bin_step = (freq_bins, 1) if freq_axis == "width" else (1, num_frames)
-    sizes = _sizes(num_frames, config)
-    block, window, sampled, _ = sizes
+    block, window, sampled, far = _sizes(num_frames, config)
 
     # token = frame * frame_step + bin * bin_step, by broadcasting over (block, bin, frame), so that groups that follow
     # each other share a window, whose keys are then still in the processor's cache
@@ -180,10 +183,13 @@ def focus_set(
     windows = (starts - (window - block) // 2).clip(0, num_frames - window)  # and of its window
     queries = (starts[:, None, None] + np.arange(block, dtype=np.int32)) * frame_step + bins * bin_step
     own = (windows[:, None, None] + np.arange(window, dtype=np.int32)) * frame_step + bins * bin_step
-    key = f"{config.seed}/{layer}/{num_frames}/{sample}"
-    inside, outside, lengths = _sample_frames(num_frames, freq_bins, windows, sizes, key)
-    inside, outside = (frames * frame_step + bins * bin_step for frames in (inside, outside))
-    near, distant = np.split(lengths, [sampled])
+    # crc32, since hash() of a string differs between processes
+    draw = np.random.PCG64(zlib.crc32(f"{config.seed}/{layer}/{num_frames}".encode()))
+    inside, near = _sample_frames(draw, (len(starts), freq_bins, sampled), window, sample)
+    # one sample for all blocks, since with errors of their own the parts of a clip would drift apart
+    outside, distant = _sample_frames(draw, (1, freq_bins, far), num_frames - window, sample)
+    outside = outside + np.int32(window) * (outside >= windows[:, None, None])
+    inside, outside = (x * frame_step + bins * bin_step for x in (inside + windows[:, None, None], outside))
 
     if config.same_frequency:  # a group for every block and bin
         others = np.array([[g for g in range(freq_bins) if g != f] for f in range(freq_bins)], dtype=np.intp)
@@ -226,27 +232,19 @@ def _of_bins(sample: Index, others: NDArray[np.intp]) -> Index:
     return joined
 
 
-def _sample_frames(
-    num_frames: int, freq_bins: int, windows: Index, sizes: _Sizes, key: str
-) -> tuple[Index, Index, Index]:
-    """A random frame of every stratum, for every block and bin: ascending, inside and outside of the block's window.
+def _sample_frames(draw: np.random.PCG64, shape: tuple[int, int, int], frames: int, sample: int) -> tuple[Index, Index]:
+    """A random frame of every stratum of `frames` frames, for every block and bin, and the lengths of the strata.
 
-    (blocks, freq_bins, sampled), (blocks, freq_bins, far), and (sampled + far,): the lengths of the strata, which are
-    the inverse sampling probabilities. The raw stream of a NumPy bit generator is the same in every release and on
-    every machine.
+    draw: its raw stream is the same in every release of NumPy and on every machine. shape: (blocks, freq_bins, strata).
+    Returns frames of that shape, ascending, and lengths (strata,), the inverse sampling probabilities.
     """
-    _, window, sampled, far = sizes
-    bounds = [
-        np.arange(count + 1, dtype=np.int64) * frames // max(count, 1)
-        for frames, count in ((window, sampled), (num_frames - window, far))
-    ]
-    first = np.concatenate([bound[:-1] for bound in bounds]).astype(np.int32)
-    lengths = np.concatenate([np.diff(bound) for bound in bounds]).astype(np.int32)
-    # crc32, since hash() of a string differs between processes
-    raw = np.random.PCG64(zlib.crc32(key.encode())).random_raw((freq_bins, len(windows), sampled + far))
-    fraction = raw.transpose(1, 0, 2) >> np.uint64(32)  # of 2^32
-    inside, outside = np.split(
-        first + (fraction * lengths.astype(np.uint64) >> np.uint64(32)).astype(np.int32), [sampled], axis=2
-    )
-    beyond = outside >= windows[:, None, None]
-    return inside + windows[:, None, None], outside + np.int32(window) * beyond, lengths
+    _, freq_bins, strata = shape
+    bounds = np.arange(strata + 1, dtype=np.uint64) * frames // max(strata, 1)
+    lengths = np.diff(bounds)
+    raw = draw.random_raw(shape)
+    # The bins share a stratum out: each has one of as many equal parts of it, in random order, and draws from there.
+    part = (raw >> 32).argsort(axis=1, kind="stable").astype(np.uint64)
+    fraction = ((part << 32) + (raw & MAX_UINT32)) // freq_bins  # of 2^32
+    # So do the samples: those after the first are 1/2, 1/4, 3/4, 1/8, ... of a stratum ahead of it, and wrap around.
+    fraction = (fraction + int(f"{sample & MAX_UINT32:032b}"[::-1], 2)) & MAX_UINT32
+    return (bounds[:-1] + (fraction * lengths >> 32)).astype(np.int32), lengths.astype(np.int32)

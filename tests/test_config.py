@@ -16,10 +16,10 @@ DEFAULTS = {
     "same_frequency": True,
     "cross_frequency": True,
     "sparse_ratio": 0.1,
-    "min_sampled": 24,
+    "min_sampled": 16,
     "reweight": True,
     "time_window": 256,
-    "far_sampled": 8,
+    "far_sampled": 16,
     "min_freq_bins": 2,
     "seed": 0,
 }

@@ -150,10 +150,17 @@ def test_size_at_80_seconds_is_the_papers() -> None:
 def test_draws_are_pinned() -> None:
     """Equal in every process, on every machine and in every release: a change here changes everybody's audio."""
     for layer, keys in (
-        ("", [[0, 2, 4, 6, 8, 10, 1, 9], [1, 3, 5, 7, 9, 11, 2, 8]]),
-        ("up", [[0, 2, 4, 6, 8, 10, 1, 9], [1, 3, 5, 7, 9, 11, 0, 6]]),
+        ("", [[0, 2, 4, 6, 8, 10, 1, 7], [1, 3, 5, 7, 9, 11, 4, 10]]),
+        ("up", [[0, 2, 4, 6, 8, 10, 5, 7], [1, 3, 5, 7, 9, 11, 2, 10]]),
     ):
         assert focus_set(6, 2, LiteFocusConfig.paper(sparse_ratio=0.34), layer=layer).keys.tolist() == keys
+    config = LiteFocusConfig(time_window=16, min_sampled=2, sparse_ratio=0.01, far_sampled=2)
+    for sample, keys in (
+        (0, [[13, 211, 92, 128, 297, 372, 316, 439, 245, 389], [285, 417, 232, 349, 57, 132, 76, 199, 5, 149]]),
+        (5, [[88, 166, 47, 203, 258, 438, 274, 400, 311, 350], [240, 372, 307, 424, 18, 198, 34, 160, 71, 110]]),
+    ):
+        of_first_and_last_group = focus_set(150, 3, config, layer="up", sample=sample).keys[[0, -1]]
+        assert of_first_and_last_group[:, 80:].tolist() == keys
 
 
 def test_depends_on_seed_layer_and_length_alone() -> None:
@@ -254,7 +261,7 @@ def test_weights_make_every_pair_count_once_on_average(time_window, same, cross,
 
 def test_a_floor_on_the_sample_and_never_more_than_there_is() -> None:
     """c = max(min_sampled, r T), at most T."""
-    for num_frames, sampled in [(1000, 100), (240, 24), (100, 24), (24, 24), (5, 5)]:
+    for num_frames, sampled in [(1000, 100), (160, 16), (100, 16), (16, 16), (5, 5)]:
         config = LiteFocusConfig(time_window=None)
         focus = focus_set(num_frames, 2, config)
         assert focus.keys_per_query == num_frames + sampled
@@ -272,14 +279,14 @@ def test_a_floor_on_the_sample_and_never_more_than_there_is() -> None:
 
 
 def test_the_default_at_ten_minutes() -> None:
-    """A window of 384 frames at 8 bins (time_window 256 there): 384 own + 7 x 38 + 8 x 8 keys at any length."""
+    """A window of 384 frames at 8 bins (time_window 256 there): 384 own + 7 x 38 + 8 x 16 keys at any length."""
     for num_frames in (7500, 15000):
         focus = focus_set(num_frames, 8, LiteFocusConfig())
-        assert focus.keys_per_query == 384 + 7 * 38 + 8 * 8
-        own, near, far = focus.log_weights.exp().split([384, 7 * 38, 8 * 8])
+        assert focus.keys_per_query == 384 + 7 * 38 + 8 * 16
+        own, near, far = focus.log_weights.exp().split([384, 7 * 38, 8 * 16])
         assert own.unique().tolist() == [1]
         assert near.view(7, 38).sum(dim=1).tolist() == pytest.approx([384] * 7)
-        assert far.view(8, 8).sum(dim=1).tolist() == pytest.approx([num_frames - 384] * 8)
+        assert far.view(8, 16).sum(dim=1).tolist() == pytest.approx([num_frames - 384] * 8)
 
 
 def test_a_sample_has_a_frame_of_every_stretch_of_the_clip() -> None:
@@ -290,6 +297,21 @@ def test_a_sample_has_a_frame_of_every_stretch_of_the_clip() -> None:
     assert ((near - first) // 40 == torch.arange(4)).all()
     beyond = far - 160 * (far >= first[..., None] + 160)  # counted without the window
     assert (beyond // 105 == torch.arange(8)).all()
+    assert (beyond == beyond[:, :1]).all()  # all blocks have one far sample, so that its error is the whole clip's
+
+
+@pytest.mark.parametrize("axis", ["width", "height"])
+@pytest.mark.parametrize("layer", ["a", "b", "c"])
+def test_bins_and_samples_share_a_stretch_out(layer: str, axis: FreqAxis) -> None:
+    """Ten stretches of 16 frames: each of 8 bins has two frames of its own, and four samples are four frames apart."""
+    config = LiteFocusConfig(same_frequency=False, min_sampled=10, sparse_ratio=0.01)
+    frames = []
+    for sample in range(8):
+        keys = focus_set(160, 8, config, layer=layer, freq_axis=axis, sample=sample).keys.view(8, 10)
+        frames.append(keys // 8 if axis == "width" else keys % 160)
+        assert ((frames[-1] % 16 // 2).sort(dim=0).values == torch.arange(8)[:, None]).all()
+    offsets = (torch.stack(frames) - frames[0]) % 16
+    assert offsets.flatten(1).unique(dim=1).squeeze().tolist() == [0, 8, 4, 12, 2, 10, 6, 14]
 
 
 def test_sets_grow_with_the_clip_alone() -> None:

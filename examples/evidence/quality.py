@@ -432,6 +432,11 @@ def screened() -> dict[str, dict[str, Method]]:
             for width in (1, 2, 4)
             for far in (0, 8, 16, 32)
         },
+        "near and far": {
+            f"window 1x, {near} near, {far} far": focus(time_window=NATIVE, min_sampled=near, far_sampled=far)
+            for near in (12, 16, 24)
+            for far in (8, 16, 24)
+        },
         "rotation": {
             f"{name}, {samples} sample{'s' if samples > 1 else ''}": focus(samples, **settings)
             for name, settings in {
@@ -717,9 +722,10 @@ def page(record: dict[str, list[Row]], name: str) -> str:
         f"figures are those of `{name}.json`. How they are measured is in the docstring of `quality.py`, what the",
         "model is in `../embedded/README.md`. More is better of class, tempo, inception and beat, less of frechet, kl",
         "and drift. `litefocus` is the default with a time window of the model's native length, as on published",
-        "models; `DeepCache N` computes the deep layers at one of N steps. `litefocus, before` is the default of",
-        "2026-11-27, with 4 times that window. Its samples, and those of `paper, one sample`, which are the same at",
-        "every step, were not stratified.",
+        "models; `DeepCache N` computes the deep layers at one of N steps. `litefocus, independent samples` is the",
+        "default before, with 24 and 8 sampled frames for 16 and 16, where bins, blocks and steps drew theirs",
+        "independently. `litefocus, before` is the default of 2026-11-27, with 4 times the window. Its samples, and",
+        "those of `paper, one sample`, which are the same at every step, were not even stratified.",
         "",
         "## Sound",
         "",
@@ -745,7 +751,8 @@ def page(record: dict[str, list[Row]], name: str) -> str:
             "No judge: `cost`, the share of dense self-attention's arithmetic; `attention`, the relative error of a",
             "layer's attention output against dense on the same input, on average over all layers and, in brackets,",
             "in the worst; `latents`, the distance of final latents to those of dense attention from the same noise,",
-            "where dense attention from other noise has 1. Samples were not stratified yet.",
+            "where dense attention from other noise has 1. Samples of 2026-11-25 were drawn independently and not",
+            "stratified yet.",
             "",
         ]
     for (model,), rows in by(record["screen"], "model").items():
