@@ -227,7 +227,7 @@ def test_prints_a_table() -> None:
 
 
 def test_the_default_is_advised_where_what_was_asked_about_is_biased() -> None:
-    """The own bin has little more than others: published sets give it ten times its due; one sample for all would do."""
+    """Attention that is nearly even: published sets give the own bin ten times its due; one sample for all would do."""
     unet, tokens = OneLayer(BINS, 0.5), tokens_that_tell(0, frames=300)
     torch.manual_seed(0)
     tokens = tokens + 0.3 * torch.randn(tokens.shape)
