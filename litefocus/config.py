@@ -70,8 +70,8 @@ class LiteFocusConfig:
         cross_frequency: every query also attends to a random sample of all other bins (cross-frequency compensation).
         sparse_ratio: fraction of each other bin's frames in that sample, in [0, 1]. At 1 the result is dense attention
             (unless a time window is in force); at 0 there is no sample.
-        min_sampled: the least number of frames sampled of every other bin (all frames of a shorter clip). The error of
-            a sample depends on its size, not on its share of the clip.
+        min_sampled: the least number of frames sampled of every other bin, at every level alike (all, where there are
+            fewer). The error of a sample depends on its size, not on its share of the clip.
         reweight: weigh sampled keys by the inverse of their sampling probability. False, as published, overweights the
             own bin.
         time_window: length in latent frames, half before and half after a query, of the window in which it attends to
@@ -79,8 +79,8 @@ class LiteFocusConfig:
             frames a second in AudioLDM-style models), halved at every level, clamped at the ends of the clip. A block
             of queries shares one window, which is wider: 384 frames for 256. Clips up to that length (15 s, at the
             levels of 4 and 2 bins 20 and 31 s) have no window. With a window, cost grows linearly with the clip.
-        far_sampled: frames of every bin (of the own alone, if others are not sampled) that are sampled outside of the
-            time window. At 0 a query attends to nothing there.
+        far_sampled: frames sampled outside of the time window, of every bin (of the own alone, if others are not
+            sampled), at every level alike. At 0 a query attends to nothing there.
         min_freq_bins: layers whose grid has fewer frequency bins than this keep dense attention.
         seed: of the samples, an integer >= 0. Equal settings, layer name, grid and timestep give equal samples, for
             every batch element, in every process, on every device.
@@ -97,9 +97,11 @@ class LiteFocusConfig:
     TypeError: LiteFocusConfig has no option 'sparse_ration'. Did you mean 'sparse_ratio'? Options: ...
     """
 
+    # In a window, 16 and 16 sampled frames make focus sets of a multiple of 16 keys. On a CPU fused attention takes no
+    # longer over 432 keys than over 424, and a tenth longer over 453.
     same_frequency: bool = True
     cross_frequency: bool = True
-    sparse_ratio: float = 0.1
+    sparse_ratio: float = 0.05
     min_sampled: int = 16
     reweight: bool = True
     time_window: int | None = 256

@@ -120,21 +120,22 @@ def focus_set(
 ) -> FocusSet:
     """The focus sets of a grid of `num_frames` x `freq_bins` tokens, on the CPU.
 
-    The sample takes c = max(1, min_sampled, round(sparse_ratio * T)) frames of every other bin, at most all T =
-    num_frames: a random one of each of c stretches of the clip, of equal length but for one frame (stratified
-    sampling). The bins share each stretch out, every one in a part of its own, and the samples of a bin are 1/2, 1/4,
-    3/4, 1/8, ... of a stretch apart (van der Corput's sequence): the errors of bins, and of steps, cancel in part. So
-    all sets have T + (F - 1) c keys. A key of the own bin weighs 1, a sampled one the length of its stretch, about
-    T / c: numerator and denominator of the softmax are then unbiased estimates of dense attention's, whatever the
-    attention looks like.
+    Of every other bin c = max(1, min_sampled, round(sparse_ratio * T)) frames are sampled, at most all T = num_frames:
+    the clip is cut into c stretches of equal length, or one frame more, and a random frame of each is taken (stratified
+    sampling). Within a stretch, each of the F bins draws from its own F-th part, dealt at random, and sample number 0,
+    1, 2, 3, 4, ... of a bin is 0, 1/2, 1/4, 3/4, 1/8, ... of the stretch after the first, wrapping around at its end
+    (van der Corput's sequence): where attention changes little within a stretch, errors of bins, and of steps, cancel
+    in part. So all sets have T + (F - 1) c keys. A key of the own bin weighs 1, a sampled one the length of its
+    stretch, about T / c: numerator and denominator of the softmax are then unbiased estimates of dense attention's,
+    whatever the attention looks like.
 
     With a time window, h = ceil(time_window / 2), frames are cut into blocks of b = max(64, h). The queries of a block
     share a window of n = b + 2 h frames, which extends at least h to either side of every query, clamped at the ends of
     the clip; a clip of up to n frames has none. A set then has three parts: the n frames of the own bin (weight 1), c
-    of n of every other bin (about n / c; c is as above, with n for T), and m = `far_sampled` of the T - n frames
-    outside of the window of every bin, the own included (about (T - n) / m). All blocks have the same far sample, but
-    for the frames of their windows. The last block ends with the clip, and overlaps the one before where the clip is no
-    multiple of a block.
+    frames of the window of every other bin, with c computed from n instead of T (about n / c), and m = `far_sampled` of
+    the T - n frames outside of the window of every bin, the own included (about (T - n) / m). All blocks use one draw
+    of far frames, counted without the window, so that blocks near each other have nearly the same. The last block ends
+    with the clip, and overlaps the one before where the clip is no multiple of a block.
 
     Without other bins (`cross_frequency=False` or `sparse_ratio=0`) the far sample is of the own bin alone; with
     `same_frequency=False` the own bin is sampled like all others.
@@ -146,15 +147,15 @@ def focus_set(
         layer: name of the attention layer; layers of different names draw different samples.
         freq_axis: "width" if frequency varies fastest (token = frame * freq_bins + bin: AudioLDM, AudioLDM 2,
             MusicLDM, Tango), "height" if time does (token = bin * num_frames + frame: Riffusion, Auffusion).
-        sample: which of the layer's samples; steps use different ones.
+        sample: number of the layer's sample, at least 0.
 
     Returns:
         The sets. They are a pure function of all arguments; no global random state is read or changed.
 
     Raises:
-        TypeError: for sizes that are no integers, for a `config` that is no `LiteFocusConfig`, and for any `options`:
-            unlike `patch`, this function takes settings in `config` alone.
-        ValueError: for sizes below 1 and for an unknown `freq_axis`.
+        TypeError: for sizes and samples that are no integers, for a `config` that is no `LiteFocusConfig`, and for any
+            `options`: unlike `patch`, this function takes settings in `config` alone.
+        ValueError: for sizes below 1, a sample below 0 and an unknown `freq_axis`.
 
     Source: LiteFocus, arXiv 2407.10468. The published code samples tokens of all bins at once, and counts those of the
     query's own bin twice; this is an exact set union. `LiteFocusConfig.paper()` has its settings. Stratified samples,
@@ -171,6 +172,7 @@ def focus_set(
         raise TypeError(f"focus_set() takes settings as one object: focus_set(..., config=LiteFocusConfig({fields}))")
     num_frames = positive_integer("num_frames", num_frames)
     freq_bins = positive_integer("freq_bins", freq_bins)
+    sample = positive_integer("sample", sample, 0)
     config = checked_config(config)
     check_freq_axis(freq_axis)
     frame_step, bin_step = (freq_bins, 1) if freq_axis == "width" else (1, num_frames)
@@ -184,10 +186,10 @@ def focus_set(
     queries = (starts[:, None, None] + np.arange(block, dtype=np.int32)) * frame_step + bins * bin_step
     own = (windows[:, None, None] + np.arange(window, dtype=np.int32)) * frame_step + bins * bin_step
     # crc32, since hash() of a string differs between processes
-    draw = np.random.PCG64(zlib.crc32(f"{config.seed}/{layer}/{num_frames}".encode()))
-    inside, near = _sample_frames(draw, (len(starts), freq_bins, sampled), window, sample)
-    # one sample for all blocks, since with errors of their own the parts of a clip would drift apart
-    outside, distant = _sample_frames(draw, (1, freq_bins, far), num_frames - window, sample)
+    generator = np.random.PCG64(zlib.crc32(f"{config.seed}/{layer}/{num_frames}".encode()))
+    inside, near = _sample_frames(generator, (len(starts), freq_bins, sampled), window, sample)
+    # one draw for all blocks: errors of their own would set those near each other apart, and clips would drift
+    outside, distant = _sample_frames(generator, (1, freq_bins, far), num_frames - window, sample)
     outside = outside + np.int32(window) * (outside >= windows[:, None, None])
     inside, outside = (x * frame_step + bins * bin_step for x in (inside + windows[:, None, None], outside))
 
@@ -232,19 +234,22 @@ def _of_bins(sample: Index, others: NDArray[np.intp]) -> Index:
     return joined
 
 
-def _sample_frames(draw: np.random.PCG64, shape: tuple[int, int, int], frames: int, sample: int) -> tuple[Index, Index]:
+def _sample_frames(
+    generator: np.random.PCG64, shape: tuple[int, int, int], frames: int, sample: int
+) -> tuple[Index, Index]:
     """A random frame of every stratum of `frames` frames, for every block and bin, and the lengths of the strata.
 
-    draw: its raw stream is the same in every release of NumPy and on every machine. shape: (blocks, freq_bins, strata).
-    Returns frames of that shape, ascending, and lengths (strata,), the inverse sampling probabilities.
+    generator: its raw stream is the same in every release of NumPy and on every machine. shape: (blocks, freq_bins,
+    strata). Returns frames of that shape, ascending, and lengths (strata,), the inverse sampling probabilities.
     """
     _, freq_bins, strata = shape
     bounds = np.arange(strata + 1, dtype=np.uint64) * frames // max(strata, 1)
     lengths = np.diff(bounds)
-    raw = draw.random_raw(shape)
-    # The bins share a stratum out: each has one of as many equal parts of it, in random order, and draws from there.
-    part = (raw >> 32).argsort(axis=1, kind="stable").astype(np.uint64)
-    fraction = ((part << 32) + (raw & MAX_UINT32)) // freq_bins  # of 2^32
-    # So do the samples: those after the first are 1/2, 1/4, 3/4, 1/8, ... of a stratum ahead of it, and wrap around.
-    fraction = (fraction + int(f"{sample & MAX_UINT32:032b}"[::-1], 2)) & MAX_UINT32
-    return (bounds[:-1] + (fraction * lengths >> 32)).astype(np.int32), lengths.astype(np.int32)
+    raw = generator.random_raw(shape)
+    order, jitter = raw >> 32, raw & MAX_UINT32
+    # the part of a stratum that each bin draws from: a random permutation of the bins
+    part = order.argsort(axis=1, kind="stable").astype(np.uint64)
+    place = ((part << 32) + jitter) // freq_bins  # in the stratum, in units of 2^-32 of its length
+    shift = int(f"{sample & MAX_UINT32:032b}"[::-1], 2)  # 0, 1/2, 1/4, 3/4, ...: the bits of `sample`, reversed
+    place = (place + shift) & MAX_UINT32
+    return (bounds[:-1] + (place * lengths >> 32)).astype(np.int32), lengths.astype(np.int32)

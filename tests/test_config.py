@@ -15,7 +15,7 @@ from litefocus import LiteFocusConfig
 DEFAULTS = {
     "same_frequency": True,
     "cross_frequency": True,
-    "sparse_ratio": 0.1,
+    "sparse_ratio": 0.05,
     "min_sampled": 16,
     "reweight": True,
     "time_window": 256,
@@ -30,7 +30,14 @@ def test_defaults() -> None:
 
 
 def test_the_published_settings() -> None:
-    paper = {"min_sampled": 0, "reweight": False, "time_window": None, "far_sampled": 0, "min_freq_bins": 8}
+    paper = {
+        "sparse_ratio": 0.1,
+        "min_sampled": 0,
+        "reweight": False,
+        "time_window": None,
+        "far_sampled": 0,
+        "min_freq_bins": 8,
+    }
     assert dataclasses.asdict(LiteFocusConfig.paper()) == {**DEFAULTS, **paper}
     assert LiteFocusConfig.paper(seed=2, min_freq_bins=4) == LiteFocusConfig(**{**paper, "seed": 2, "min_freq_bins": 4})
     with pytest.raises(TypeError, match=r"no option 'sead'. Did you mean 'seed'"):

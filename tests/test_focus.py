@@ -261,16 +261,15 @@ def test_weights_make_every_pair_count_once_on_average(time_window, same, cross,
 
 def test_a_floor_on_the_sample_and_never_more_than_there_is() -> None:
     """c = max(min_sampled, r T), at most T."""
-    for num_frames, sampled in [(1000, 100), (160, 16), (100, 16), (16, 16), (5, 5)]:
+    for num_frames, sampled in [(1000, 50), (320, 16), (100, 16), (16, 16), (5, 5)]:
         config = LiteFocusConfig(time_window=None)
         focus = focus_set(num_frames, 2, config)
         assert focus.keys_per_query == num_frames + sampled
         if sampled == num_frames:
             assert focus.log_weights is None
         else:
-            whole = (
-                num_frames // sampled
-            )  # strata are of this many frames, and one more where they do not come out even
+            # strata are of this many frames, and one more where they do not come out even
+            whole = num_frames // sampled
             assert set(focus.log_weights.exp().round().tolist()) <= {1, whole, whole + (num_frames % sampled > 0)}
             assert focus.log_weights[num_frames:].exp().sum() == pytest.approx(num_frames)
     assert focus_set(100, 2, LiteFocusConfig(sparse_ratio=0)).keys_per_query == 100  # no sample, no floor
@@ -278,15 +277,31 @@ def test_a_floor_on_the_sample_and_never_more_than_there_is() -> None:
     assert focus_set(100, 2, LiteFocusConfig(same_frequency=False, min_sampled=20)).log_weights is None  # equal: cancel
 
 
-def test_the_default_at_ten_minutes() -> None:
-    """A window of 384 frames at 8 bins (time_window 256 there): 384 own + 7 x 38 + 8 x 16 keys at any length."""
-    for num_frames in (7500, 15000):
-        focus = focus_set(num_frames, 8, LiteFocusConfig())
-        assert focus.keys_per_query == 384 + 7 * 38 + 8 * 16
-        own, near, far = focus.log_weights.exp().split([384, 7 * 38, 8 * 16])
-        assert own.unique().tolist() == [1]
-        assert near.view(7, 38).sum(dim=1).tolist() == pytest.approx([384] * 7)
-        assert far.view(8, 16).sum(dim=1).tolist() == pytest.approx([num_frames - 384] * 8)
+@pytest.mark.parametrize("num_frames", [7500, 15000])
+@pytest.mark.parametrize(("time_window", "freq_bins", "window"), [(128, 8, 192), (64, 4, 128), (32, 2, 96)])
+def test_the_default_at_ten_minutes(time_window: int, freq_bins: int, window: int, num_frames: int) -> None:
+    """At every length n own + 16 (F - 1) + 16 F keys, a multiple of 16, over which fused attention takes least time."""
+    focus = focus_set(num_frames, freq_bins, LiteFocusConfig(time_window=time_window))
+    sampled = (freq_bins - 1, 16), (freq_bins, 16)
+    assert focus.keys_per_query == window + sum(bins * frames for bins, frames in sampled)
+    assert focus.keys_per_query % 16 == 0
+    own, near, far = focus.log_weights.exp().split([window, *(bins * frames for bins, frames in sampled)])
+    assert own.unique().tolist() == [1]
+    assert near.view(-1, 16).sum(dim=1).tolist() == pytest.approx([window] * (freq_bins - 1))
+    assert far.view(-1, 16).sum(dim=1).tolist() == pytest.approx([num_frames - window] * freq_bins)
+
+
+def test_weights_are_the_lengths_of_the_stretches_in_their_order() -> None:
+    config = LiteFocusConfig(time_window=16, far_sampled=3, min_sampled=3, sparse_ratio=0.01)
+    weights = focus_set(180, 2, config).log_weights.exp()  # 80 frames of a window, 100 outside of it
+    assert weights.tolist() == pytest.approx([1] * 80 + [26, 27, 27] + 2 * [33, 33, 34])
+
+
+def test_a_far_sample_is_never_more_than_there_is() -> None:
+    focus = focus_set(390, 2, LiteFocusConfig())  # six frames outside of the window
+    assert focus.keys_per_query == 384 + 19 + 2 * 6
+    assert all(len(set(keys)) == len(keys) for keys in focus.keys.tolist())
+    assert not focus.log_weights[-12:].any()
 
 
 def test_a_sample_has_a_frame_of_every_stretch_of_the_clip() -> None:
@@ -297,21 +312,37 @@ def test_a_sample_has_a_frame_of_every_stretch_of_the_clip() -> None:
     assert ((near - first) // 40 == torch.arange(4)).all()
     beyond = far - 160 * (far >= first[..., None] + 160)  # counted without the window
     assert (beyond // 105 == torch.arange(8)).all()
-    assert (beyond == beyond[:, :1]).all()  # all blocks have one far sample, so that its error is the whole clip's
+    assert (beyond == beyond[:, :1]).all()  # one draw for all blocks, so that those near each other err alike
 
 
 @pytest.mark.parametrize("axis", ["width", "height"])
+@pytest.mark.parametrize("far", [False, True])
 @pytest.mark.parametrize("layer", ["a", "b", "c"])
-def test_bins_and_samples_share_a_stretch_out(layer: str, axis: FreqAxis) -> None:
+def test_bins_and_samples_share_a_stretch_out(layer: str, far: bool, axis: FreqAxis) -> None:
     """Ten stretches of 16 frames: each of 8 bins has two frames of its own, and four samples are four frames apart."""
     config = LiteFocusConfig(same_frequency=False, min_sampled=10, sparse_ratio=0.01)
+    if far:  # outside of the first block's window of 80 frames
+        config = LiteFocusConfig(time_window=16, far_sampled=10, min_sampled=5, sparse_ratio=0.01)
+    num_frames = 240 if far else 160
     frames = []
     for sample in range(8):
-        keys = focus_set(160, 8, config, layer=layer, freq_axis=axis, sample=sample).keys.view(8, 10)
-        frames.append(keys // 8 if axis == "width" else keys % 160)
+        keys = focus_set(num_frames, 8, config, layer=layer, freq_axis=axis, sample=sample).keys[0, -80:].view(8, 10)
+        frames.append(keys // 8 if axis == "width" else keys % num_frames)
         assert ((frames[-1] % 16 // 2).sort(dim=0).values == torch.arange(8)[:, None]).all()
     offsets = (torch.stack(frames) - frames[0]) % 16
     assert offsets.flatten(1).unique(dim=1).squeeze().tolist() == [0, 8, 4, 12, 2, 10, 6, 14]
+
+
+def test_blocks_bins_stretches_and_layers_draw_places_of_their_own() -> None:
+    """Of neighbours along each of them, few have the same part of a stretch, or the same place in their parts."""
+    config = LiteFocusConfig(same_frequency=False, time_window=40_000, min_sampled=50, sparse_ratio=1e-9, far_sampled=0)
+    keys = torch.stack([focus_set(100_000, 8, config, layer=layer).keys.view(5, 8, 50) for layer in "ab"])
+    windows = torch.tensor([0, 0, 20_000, 40_000, 40_000])  # of 60,000 frames, in 50 stretches of 1200
+    place = (keys // 8 - windows[:, None, None]) % 1200
+    for what in (place // 150, place % 150 // 15):
+        for dim in range(4):
+            same = what.narrow(dim, 0, what.shape[dim] - 1) == what.narrow(dim, 1, what.shape[dim] - 1)
+            assert same.float().mean() < 0.3
 
 
 def test_sets_grow_with_the_clip_alone() -> None:

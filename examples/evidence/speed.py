@@ -292,7 +292,7 @@ def attention_calls(frames: int, bins: int, device: torch.device) -> dict[str, t
     settings = {
         name: way for name, way in WAYS.items() if isinstance(way, LiteFocusConfig) and bins >= way.min_freq_bins
     }
-    settings["no window"] = LiteFocusConfig(time_window=None, min_sampled=0)  # the paper's sets, weighted
+    settings["no window"] = LiteFocusConfig.paper(reweight=True)
     for name, config in settings.items():
         if config.time_window is not None:  # it counts frames of the UNet's input
             config = replace(config, time_window=halved(config.time_window, level))
