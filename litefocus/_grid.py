@@ -15,8 +15,8 @@ from litefocus.focus import FocusSet, FreqAxis, check_freq_axis, focus_set, keys
 # bins, 29 saved keys cost 18 % more time and 57 take 16 % less (one CPU thread).
 MIN_KEYS_SAVED = 48
 
-# Samples of a layer. Steps alternate between them, so that their errors average out: the mean of the four is .033 off
-# where one is .076 off (attention of seed 1's UNet at 8x).
+# Samples of a layer. Every step takes one, by a hash of its timestep, so that errors average out: the mean of the four
+# is .033 off where one is .076 off (attention of seed 1's UNet at 8x).
 NUM_SAMPLES = 4
 
 # A layer keeps focus sets up to this many bytes, and always the newest: all samples of a few lengths up to half a

@@ -233,7 +233,8 @@ def page(rows: list[Row], file: str) -> str:
             f"Written by `python examples/evidence/prompts.py --output examples/evidence/{file}`; the figures are",
             f"those of `{file}.json`. How they are measured is in the docstring of `prompts.py`. Clips of one part are",
             "plain ones, the ceiling; `alone` is that of a line's sounds. "
-            f"Steps: {', '.join(map(str, sorted(steps)))}; seeds: {', '.join(map(str, sorted(seeds)))}.",
+            f"Steps: {', '.join(map(str, sorted(steps)))}; seeds: {', '.join(map(str, sorted(seeds)))}. Samples were",
+            "those of `litefocus, independent samples` in `quality.md`.",
             "",
             table(header, lines),
             f"Windows that the judge takes for another class, patched: {mistakes or 'none'}.",
