@@ -53,7 +53,7 @@ def test_equals_biased_dense_attention(
 @pytest.mark.parametrize(("same", "cross"), [(True, True), (False, True), (True, False)])
 @pytest.mark.parametrize("far", [0, 3])
 def test_time_windows_equal_biased_dense_attention(device, axis, same, cross, far, monkeypatch) -> None:
-    settings = {"same_frequency": same, "cross_frequency": cross, "time_window": 20, "min_sampled": 5}
+    settings = {"same_frequency": same, "cross_frequency": cross, "time_window": 20, "min_sampled": 8}
     config = LiteFocusConfig(**settings, far_sampled=far, reweight=far > 0)
     focus = focus_set(150, 3, config, freq_axis=axis)
     keys = {(True, True): 84 + 2 * 8 + 3 * far, (False, True): 3 * (8 + far), (True, False): 84 + far}

@@ -33,10 +33,9 @@ def draw(path: Path) -> None:
         group = int(focus.inverse[FRAME * BINS + BIN]) // focus.queries.shape[1]
         keys = focus.keys[group].numpy()
         frames, bins = keys // BINS, keys % BINS
-        weights = focus.log_weights.exp().numpy()
-        colours = np.where(weights == 1, BLUE, np.where(weights > weights.max() / 2, GREEN, ORANGE))
-        if config.time_window is None:
-            colours = np.where(weights == 1, BLUE, ORANGE)
+        own = focus.log_weights.numpy() == 0
+        inside = (frames >= frames[own].min()) & (frames <= frames[own].max())
+        colours = np.where(own, BLUE, np.where(inside, ORANGE, GREEN))
         axis.scatter(frames, bins, s=9, c=colours, marker="s", linewidths=0)
         axis.scatter([FRAME], [BIN], s=40, c="black", marker="s")
         share = len(keys) / (FRAMES * BINS)
