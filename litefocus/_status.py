@@ -182,7 +182,7 @@ def status(pipe: Any, seconds: float | None = None) -> Status:
     >>> handle = litefocus.patch(pipe)
     >>> status = litefocus.status(pipe, seconds=80)
     >>> status.layers[0].state, status.layers[0].frames, round(status.layers[0].keys_kept, 3)
-    ('focus', 1000, 0.057)
+    ('focus', 1000, 0.054)
     """
     found, tiles = status_of(resolve(pipe), seconds), tiles_of(pipe)
     sizes = None if tiles is None else (tiles.seconds, tiles.overlap)
