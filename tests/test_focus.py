@@ -367,6 +367,7 @@ def test_draws_of_a_layer_differ_and_share_everything_else() -> None:
         ({"num_frames": 0, "freq_bins": 8}, ValueError, "num_frames must be an integer of at least 1, got 0"),
         ({"num_frames": 8, "freq_bins": -1}, ValueError, "freq_bins must be an integer of at least 1, got -1"),
         ({"num_frames": 8.5, "freq_bins": 8}, TypeError, r"num_frames must be an integer .* got 8.5 \(float\)"),
+        ({"num_frames": 8, "freq_bins": 8, "sample": -1}, ValueError, "sample must be .* of at least 0, got -1"),
         ({"num_frames": 8, "freq_bins": 8, "freq_axis": "heigth"}, ValueError, "'heigth'. Did you mean 'height'?"),
     ],
 )
