@@ -227,10 +227,10 @@ def _tensor(array: NDArray[Any]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def _of_bins(sample: Index, others: NDArray[np.intp]) -> Index:
-    """For every bin, the samples of `others` (bins, n) one after the other: (blocks, bins, n * frames of a sample)."""
-    blocks, bins, frames = sample.shape
-    joined: Index = sample[:, others].reshape(blocks, bins, others.shape[1] * frames)
+def _of_bins(tokens: Index, others: NDArray[np.intp]) -> Index:
+    """For every bin, the sampled tokens of `others` (bins, n) one after the other: (blocks, bins, n * sampled)."""
+    blocks, bins, sampled = tokens.shape
+    joined: Index = tokens[:, others].reshape(blocks, bins, others.shape[1] * sampled)
     return joined
 
 
