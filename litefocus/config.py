@@ -99,8 +99,9 @@ class LiteFocusConfig:
 
     same_frequency: bool = True
     cross_frequency: bool = True
-    # In a window, `min_sampled` rules: 16 frames in it and 16 outside make focus sets of a multiple of 16 keys. On a
-    # CPU fused attention takes no longer over 432 keys than over 424, and a tenth longer over 453.
+    # In windows of up to 320 frames (all but those of Tango's first level), `min_sampled` rules: 16 frames in them and
+    # 16 outside make focus sets of a multiple of 16 keys. On a CPU fused attention takes no longer over 432 keys than
+    # over 424, and a tenth longer over 453.
     sparse_ratio: float = 0.05
     min_sampled: int = 16
     reweight: bool = True
